@@ -1,0 +1,16 @@
+// The C ABI that nf4lora/native.py loads with ctypes. Arguments are checked before they get here (nf4lora/ops.py).
+// Every function returns null on success, else a static message; none exits, none throws across the boundary.
+#pragma once
+#include "params.h"
+
+#define NF4LORA_API extern "C" __attribute__((visibility("default")))
+
+NF4LORA_API const char *nf4lora_cpu_quantize(const nf4lora::QuantizeParams *);
+NF4LORA_API const char *nf4lora_cpu_quantize_absmax(const nf4lora::QuantizeAbsmaxParams *);
+NF4LORA_API const char *nf4lora_cpu_dequantize(const nf4lora::DequantizeParams *);
+NF4LORA_API const char *nf4lora_cpu_dequantize_absmax(const nf4lora::DequantizeAbsmaxParams *);
+NF4LORA_API const char *nf4lora_cpu_linear_fwd(const nf4lora::LinearFwdParams *);
+NF4LORA_API const char *nf4lora_cpu_linear_bwd(const nf4lora::LinearBwdParams *);
+NF4LORA_API const char *nf4lora_cpu_lora_bwd(const nf4lora::LoraBwdParams *);
+// Name of the instruction set in use: "avx512", "avx2" or "portable". NF4LORA_CPU_ISA forces one the processor has.
+NF4LORA_API const char *nf4lora_cpu_isa();

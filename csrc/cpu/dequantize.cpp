@@ -1,0 +1,42 @@
+// dequantize:        out[i] = codebook[code i] * absmax[i / blocksize]
+// dequantize_absmax: out[i] = dynamic[code i] * nested_absmax[i / nested_blocksize] + offset
+// Operands:      packed uint8 [ceil(rows*cols/2)], absmax as Weight says -> out dtype [rows*cols]; out fp32 [nblocks]
+// Rounding:      the product in fp32, then to dtype (nearest even); the nested absmax rounds its product and its sum
+// Preconditions: blocksize and nested_blocksize at least 1; ops.py checks the operands
+// Memory:        reads numel / 2 bytes and the absmax, writes numel * sizeof(dtype); no allocation
+#include "convert.h"
+#include "decode.h"
+#include "ops.h"
+
+namespace nf4lora {
+namespace NF4LORA_ISA {
+
+const char *dequantize(const DequantizeParams &p) {
+    constexpr int64_t kPiece = 2048;  // elements held as fp32 before they are rounded
+    const int64_t numel = p.w.rows * p.w.cols;
+    const int64_t pieces = ceil_div(numel, kPiece);
+    const int threads = static_cast<int>(max_of(1, min_of(p.threads, pieces)));
+    (void)threads;  // unread where OpenMP is off
+#pragma omp parallel for num_threads(threads) schedule(static)
+    for (int64_t piece = 0; piece < pieces; ++piece) {
+        const int64_t first = piece * kPiece, count = min_of(kPiece, numel - first);
+        if (p.dtype == kFloat32) {
+            decode_elements(p.w, first, count, static_cast<float *>(p.out) + first);
+            continue;
+        }
+        float values[kPiece];
+        decode_elements(p.w, first, count, values);
+        store_elements(p.out, p.dtype, first, count, values);
+    }
+    return nullptr;
+}
+
+const char *dequantize_absmax(const DequantizeAbsmaxParams &p) {
+    const int64_t nblocks = ceil_div(p.w.rows * p.w.cols, p.w.blocksize);
+    for (int64_t block = 0; block < nblocks; ++block)
+        p.out[block] = block_absmax(p.w, block);
+    return nullptr;
+}
+
+}  // namespace NF4LORA_ISA
+}  // namespace nf4lora

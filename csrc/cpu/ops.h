@@ -1,0 +1,17 @@
+// The kernels of one instruction set. No include guard: api.cpp includes it once for each.
+#include "../params.h"
+
+namespace nf4lora {
+namespace NF4LORA_ISA {
+
+// Null, or a static message.
+const char *quantize(const QuantizeParams &);
+const char *quantize_absmax(const QuantizeAbsmaxParams &);
+const char *dequantize(const DequantizeParams &);
+const char *dequantize_absmax(const DequantizeAbsmaxParams &);
+const char *linear_fwd(const LinearFwdParams &);
+const char *linear_bwd(const LinearBwdParams &);
+const char *lora_bwd(const LoraBwdParams &);
+
+}  // namespace NF4LORA_ISA
+}  // namespace nf4lora

@@ -1,0 +1,128 @@
+// Argument structs of every kernel, host and device. Plain data: no torch, no allocation, no defaults.
+// nf4lora/native.py mirrors them field by field (tests/test_native.py compares the two).
+#pragma once
+#include <cstdint>
+
+namespace nf4lora {
+
+enum Dtype : int32_t { kFloat32 = 0, kBFloat16 = 1, kFloat16 = 2 };
+enum QuantType : int32_t { kNF4 = 0, kFP4 = 1 };
+enum LinearPath : int32_t { kRows = 0, kPanels = 1 };
+
+// A frozen 4-bit matrix, row-major [rows, cols]. Blocks run over the flattened matrix and may straddle rows.
+struct Weight {
+    const uint8_t *packed;       // uint8 [ceil(rows*cols/2)]; even element in the high nibble
+    const void *absmax;          // float32 [nblocks], or uint8 [nblocks] where nested_absmax is given; nblocks = ceil(rows*cols/blocksize)
+    const float *nested_absmax;  // float32 [ceil(nblocks/nested_blocksize)], may be null
+    const float *offset;         // float32 [1], null together with nested_absmax
+    int64_t rows;                // out_features N
+    int64_t cols;                // in_features K
+    int64_t blocksize;           // elements per absmax
+    int64_t nested_blocksize;    // absmax per nested_absmax
+    int32_t quant_type;          // QuantType
+};
+
+struct QuantizeParams {
+    const void *a;      // dtype [numel]
+    uint8_t *packed;    // uint8 [ceil(numel/2)], out
+    float *absmax;      // float32 [ceil(numel/blocksize)], out
+    int64_t numel;
+    int64_t blocksize;
+    int32_t dtype;      // Dtype of a
+    int32_t quant_type; // QuantType
+    int32_t threads;
+};
+
+struct QuantizeAbsmaxParams {
+    const float *absmax;   // float32 [nblocks]
+    const float *offset;   // float32 [1]
+    uint8_t *codes;        // uint8 [nblocks], out
+    float *nested_absmax;  // float32 [ceil(nblocks/nested_blocksize)], out
+    int64_t nblocks;
+    int64_t nested_blocksize;
+};
+
+struct DequantizeParams {
+    Weight w;
+    void *out;      // dtype [rows*cols]
+    int32_t dtype;  // Dtype of out
+    int32_t threads;
+};
+
+struct DequantizeAbsmaxParams {
+    Weight w;    // packed is not read
+    float *out;  // float32 [nblocks]
+};
+
+// Inverted dropout regenerated from its seed: Philox4x32-10, key = seed, counter = flat index / 4 of the [M, K] input.
+struct Dropout {
+    const int64_t *seed;  // int64 [1], null: no dropout
+    float p;              // probability of zeroing, in [0, 1)
+};
+
+// Tile sizes and threads, chosen by nf4lora/heuristics.py.
+struct LinearConfig {
+    int32_t path;     // LinearPath
+    int32_t block_m;  // rows of the output per tile
+    int32_t block_n;  // columns of the output per tile
+    int32_t block_k;  // reduction steps decoded at a time; a multiple of 64
+    int32_t threads;
+};
+
+// y = x W^T + bias + scaling * xa lora_B^T,  xa = dropout(x) lora_A^T rounded to x's dtype
+struct LinearFwdParams {
+    Weight w;              // [N, K]
+    const void *x;         // x_dtype [M, K]
+    const void *bias;      // bias_dtype [N], may be null
+    const void *lora_A;    // A_dtype [r, K], may be null (then r = 0)
+    const void *lora_B;    // B_dtype [N, r], null together with lora_A
+    void *y;               // x_dtype [M, N], out
+    void *xa;              // x_dtype [M, r], out
+    int64_t M;
+    int64_t r;
+    float scaling;
+    int32_t x_dtype;
+    int32_t bias_dtype;
+    int32_t A_dtype;
+    int32_t B_dtype;
+    Dropout dropout;
+    LinearConfig config;
+};
+
+// dx = dy W + dropout_mask * (dyb lora_A); dyb already carries scaling
+struct LinearBwdParams {
+    Weight w;              // [N, K]
+    const void *dy;        // dy_dtype [M, N]
+    const void *dyb;       // dy_dtype [M, r], may be null (then r = 0)
+    const void *lora_A;    // A_dtype [r, K], null together with dyb
+    void *dx;              // dy_dtype [M, K], out
+    int64_t M;
+    int64_t r;
+    int32_t dy_dtype;
+    int32_t A_dtype;
+    Dropout dropout;
+    LinearConfig config;
+};
+
+// dyb = scaling * dy lora_B (rounded to dy's dtype);  dB = scaling * dy^T xa;  dA = dyb^T dropout(x)
+struct LoraBwdParams {
+    const void *dy;      // dtype [M, N]
+    const void *x;       // dtype [M, K], null where dA is
+    const void *xa;      // dtype [M, r], null where dB is
+    const void *lora_B;  // B_dtype [N, r]
+    void *dyb;           // dtype [M, r], out
+    void *dA;            // A_dtype [r, K], out, may be null
+    void *dB;            // B_dtype [N, r], out, may be null
+    int64_t M;
+    int64_t N;
+    int64_t K;
+    int64_t r;
+    float scaling;
+    int32_t dtype;       // of dy, x, xa, dyb
+    int32_t A_dtype;
+    int32_t B_dtype;
+    Dropout dropout;
+    LinearConfig config;
+};
+
+}  // namespace nf4lora

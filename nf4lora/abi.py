@@ -1,0 +1,60 @@
+"""csrc/params.h and csrc/api.h in ctypes: the same structs, the same fields, the same order (tests/test_native.py compares)."""
+
+from ctypes import Structure, c_float, c_int32, c_int64, c_void_p
+
+_I, _L, _P = c_int32, c_int64, c_void_p
+
+
+class Weight(Structure):
+    _fields_ = [("packed", _P), ("absmax", _P), ("nested_absmax", _P), ("offset", _P), ("rows", _L), ("cols", _L),
+                ("blocksize", _L), ("nested_blocksize", _L), ("quant_type", _I)]  # fmt: skip
+
+
+class QuantizeParams(Structure):
+    _fields_ = [("a", _P), ("packed", _P), ("absmax", _P), ("numel", _L), ("blocksize", _L), ("dtype", _I),
+                ("quant_type", _I), ("threads", _I)]  # fmt: skip
+
+
+class QuantizeAbsmaxParams(Structure):
+    _fields_ = [("absmax", _P), ("offset", _P), ("codes", _P), ("nested_absmax", _P), ("nblocks", _L),
+                ("nested_blocksize", _L)]  # fmt: skip
+
+
+class DequantizeParams(Structure):
+    _fields_ = [("w", Weight), ("out", _P), ("dtype", _I), ("threads", _I)]
+
+
+class Dropout(Structure):
+    _fields_ = [("seed", _P), ("p", c_float)]
+
+
+class LinearConfig(Structure):
+    _fields_ = [("path", _I), ("block_m", _I), ("block_n", _I), ("block_k", _I), ("threads", _I)]
+
+
+class LinearFwdParams(Structure):
+    _fields_ = [("w", Weight), ("x", _P), ("bias", _P), ("lora_A", _P), ("lora_B", _P), ("y", _P), ("xa", _P),
+                ("M", _L), ("r", _L), ("scaling", c_float), ("x_dtype", _I), ("bias_dtype", _I), ("A_dtype", _I),
+                ("B_dtype", _I), ("dropout", Dropout), ("config", LinearConfig)]  # fmt: skip
+
+
+class LinearBwdParams(Structure):
+    _fields_ = [("w", Weight), ("dy", _P), ("dyb", _P), ("lora_A", _P), ("dx", _P), ("M", _L), ("r", _L),
+                ("dy_dtype", _I), ("A_dtype", _I), ("dropout", Dropout), ("config", LinearConfig)]  # fmt: skip
+
+
+class LoraBwdParams(Structure):
+    _fields_ = [("dy", _P), ("x", _P), ("xa", _P), ("lora_B", _P), ("dyb", _P), ("dA", _P), ("dB", _P), ("M", _L),
+                ("N", _L), ("K", _L), ("r", _L), ("scaling", c_float), ("dtype", _I), ("A_dtype", _I), ("B_dtype", _I),
+                ("dropout", Dropout), ("config", LinearConfig)]  # fmt: skip
+
+
+# nf4lora_cpu_<name> -> its argument
+FUNCTIONS = {
+    "quantize": QuantizeParams,
+    "quantize_absmax": QuantizeAbsmaxParams,
+    "dequantize": DequantizeParams,
+    "linear_fwd": LinearFwdParams,
+    "linear_bwd": LinearBwdParams,
+    "lora_bwd": LoraBwdParams,
+}

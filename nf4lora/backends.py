@@ -1,0 +1,86 @@
+"""Which code runs an op: a table of rows (callable, why_not, configure) per op and back end, tried in a fixed order."""
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+PRIORITY = {"cuda": ("cuda", "triton", "reference"), "cpu": ("cpu", "reference")}
+
+
+@dataclass(frozen=True)
+class Row:
+    """One back end's way to run one op.
+
+    call:      takes the op's arguments, and `config` last where the row has a `configure`
+    why_not:   the op's arguments -> why this back end cannot run them, or None
+    configure: the op's arguments -> the config of `nf4lora.heuristics` to run with
+    """
+
+    call: Callable[..., Any]
+    why_not: Callable[..., str | None]
+    configure: Callable[..., Any] | None
+
+
+_ROWS: dict[tuple[str, str], Row] = {}
+_forced: ContextVar[str | None] = ContextVar("nf4lora_forced_backend", default=None)
+
+
+def implements(
+    op: str,
+    backend: str,
+    why_not: Callable[..., str | None] = lambda *args: None,
+    configure: Callable[..., Any] | None = None,
+) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
+    """Decorator: enter a function as `backend`'s row for `op`."""
+
+    def enter(call: Callable[..., Any]) -> Callable[..., Any]:
+        _ROWS[op, backend] = Row(call, why_not, configure)
+        return call
+
+    return enter
+
+
+def names() -> tuple[str, ...]:
+    """Every back end there is a row for or a device asks for."""
+    return tuple(dict.fromkeys([b for order in PRIORITY.values() for b in order] + [b for _, b in _ROWS]))
+
+
+def forced() -> str | None:
+    """The back end named by the `use_backend` around this call, if any. Compiled code reads it when it runs."""
+    return None if torch.compiler.is_compiling() else _forced.get()
+
+
+@contextmanager
+def use_backend(name: str) -> Iterator[None]:
+    """Force one back end for every op inside, in this thread and in the backward of what ran inside. Never falls back.
+
+    Raises: ValueError for an unknown name; the ops raise NotImplementedError where the back end refuses.
+    """
+    if name not in names():
+        raise ValueError(f"back end: found {name!r}, wanted one of {names()}")
+    token = _forced.set(name)
+    try:
+        yield
+    finally:
+        _forced.reset(token)
+
+
+def run(op: str, *args: Any) -> Any:
+    """Run `op` on the first back end that takes these arguments; args[0] is the tensor whose device decides.
+
+    Raises: NotImplementedError listing every back end and its reason.
+    """
+    device = args[0].device.type
+    chosen = _forced.get()
+    reasons = []
+    for backend in (chosen,) if chosen else PRIORITY.get(device, ("reference",)):
+        row = _ROWS.get((op, backend))
+        reason = "has no kernel for this op" if row is None else row.why_not(*args)
+        if reason is None:
+            return row.call(*args) if row.configure is None else row.call(*args, row.configure(*args))
+        reasons.append(f"{backend}: {reason}")
+    raise NotImplementedError(f"nf4lora::{op} on {device}: no back end can run it\n  " + "\n  ".join(reasons))

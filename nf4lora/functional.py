@@ -1,0 +1,192 @@
+"""The functions people know: quantize, dequantize and multiply 4-bit tensors, with bitsandbytes' names and bytes."""
+
+import warnings
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from . import autograd, ops, reference
+from .quant_state import QuantState, ceil_div
+
+
+def quantize_4bit(
+    A: Tensor,
+    blocksize: int = 64,
+    compress_statistics: bool = False,
+    quant_type: str = "nf4",
+    quant_storage: torch.dtype = torch.uint8,
+    check_finite: bool = True,
+) -> tuple[Tensor, QuantState]:
+    """Quantize to 4 bits an element, in blocks of the flattened tensor.
+
+    Args:
+        A:                   float32, bfloat16 or float16, any shape of one dimension or more, any strides
+        blocksize:           elements per absmax: 32, 64, …, 4096
+        compress_statistics: double quantization: 8-bit absmax, 4.127 bits a weight in all instead of 4.5
+        quant_type:          "nf4" or "fp4"
+        quant_storage:       dtype the bytes come back as; the same bytes whatever it is
+        check_finite:        refuse NaN and Inf; waits for the device
+    Returns:  packed, quant_storage [ceil(numel/2) / itemsize, 1], and its QuantState
+    Numerics: as QuantState states; byte-equal on every back end
+    Raises:   TypeError (dtype), ValueError (sizes, options, NaN or Inf: how many and where the first is)
+    Memory:   reads A once, writes half a byte an element and 4 bytes a block; not differentiable
+    Source:   QLoRA, arXiv:2305.14314 §3; spec: nf4lora/reference.py::quantize
+    """
+    if A.ndim == 0:
+        raise ValueError("A: found a tensor without dimensions, wanted one or more; A.reshape(1) makes one")
+    packed, absmax = ops.quantize(A.detach(), blocksize, quant_type)
+    if packed.numel() % quant_storage.itemsize:
+        raise ValueError(f"quant_storage: {packed.numel()} bytes are no whole number of {quant_storage}; use torch.uint8")
+    if check_finite and not bool(absmax.isfinite().all()):
+        raise_not_finite("A", A)
+    offset = nested_absmax = None
+    if compress_statistics:
+        offset = absmax.mean() if absmax.numel() else absmax.new_zeros(())
+        absmax, nested_absmax = ops.quantize_absmax(absmax, offset)
+    state = QuantState(absmax, A.shape, A.dtype, blocksize, quant_type, offset, nested_absmax)
+    return packed.view(-1).view(quant_storage).unsqueeze(1), state
+
+
+def quantize_nf4(
+    A: Tensor, blocksize: int = 64, compress_statistics: bool = False, quant_storage: torch.dtype = torch.uint8,
+    check_finite: bool = True,
+) -> tuple[Tensor, QuantState]:  # fmt: skip
+    """`quantize_4bit` with quant_type="nf4"."""
+    return quantize_4bit(A, blocksize, compress_statistics, "nf4", quant_storage, check_finite)
+
+
+def quantize_fp4(
+    A: Tensor, blocksize: int = 64, compress_statistics: bool = False, quant_storage: torch.dtype = torch.uint8,
+    check_finite: bool = True,
+) -> tuple[Tensor, QuantState]:  # fmt: skip
+    """`quantize_4bit` with quant_type="fp4"."""
+    return quantize_4bit(A, blocksize, compress_statistics, "fp4", quant_storage, check_finite)
+
+
+def dequantize_4bit(packed: Tensor, quant_state: QuantState, dtype: torch.dtype | None = None) -> Tensor:
+    """Decode 4-bit bytes: w[i] = code[q[i]] * absmax[i // blocksize].
+
+    Args:
+        packed:      what `quantize_4bit` gave, in any storage dtype
+        quant_state: its state
+        dtype:       float32, bfloat16 or float16; the dtype before quantization by default
+    Returns:  dtype [quant_state.shape]
+    Numerics: product in float32, one rounding to dtype; bit-equal on every back end
+    Raises:   ValueError, TypeError (packed or dtype does not fit the state)
+    Source:   spec: nf4lora/reference.py::dequantize
+    """
+    packed = _bytes(packed, quant_state)
+    return ops.dequantize(
+        packed, *_statistics(quant_state), list(quant_state.shape), quant_state.blocksize, quant_state.quant_type,
+        dtype or quant_state.dtype,
+    )  # fmt: skip
+
+
+def dequantize_nf4(packed: Tensor, quant_state: QuantState, dtype: torch.dtype | None = None) -> Tensor:
+    """`dequantize_4bit` of an NF4 tensor. Raises: ValueError when the state says otherwise."""
+    return _dequantize_as("nf4", packed, quant_state, dtype)
+
+
+def dequantize_fp4(packed: Tensor, quant_state: QuantState, dtype: torch.dtype | None = None) -> Tensor:
+    """`dequantize_4bit` of an FP4 tensor. Raises: ValueError when the state says otherwise."""
+    return _dequantize_as("fp4", packed, quant_state, dtype)
+
+
+def linear_4bit(
+    x: Tensor,
+    packed: Tensor,
+    quant_state: QuantState,
+    bias: Tensor | None = None,
+    lora_A: Tensor | None = None,
+    lora_B: Tensor | None = None,
+    scaling: float = 1.0,
+    dropout_p: float = 0.0,
+    seed: Tensor | None = None,
+) -> Tensor:
+    """y = x W^T + bias + scaling * (dropout(x) lora_A^T) lora_B^T with W in 4 bits; differentiable.
+
+    Args:
+        x:              float32, bfloat16 or float16 [..., K]
+        packed:         the bytes of W, whose quant_state.shape is [N, K]
+        bias:           [N]
+        lora_A, lora_B: [r, K] and [N, r], any float dtype
+        dropout_p:      probability of zeroing an element of x in the LoRA branch; needs `seed`
+        seed:           int64 [1]; the same seed gives the same mask on every back end
+    Returns:  x's dtype [..., N]; gradients for x, bias, lora_A, lora_B
+    Numerics: float32 accumulation on the decoded weight, one rounding of y; spec: nf4lora/reference.py::linear_fwd
+    Raises:   ValueError, TypeError (naming the argument, what was found, what was wanted), NotImplementedError
+    Memory:   no [N, K] temporary; saves x and x lora_A^T for the backward
+    """
+    if len(quant_state.shape) != 2:
+        raise ValueError(f"quant_state.shape: found {tuple(quant_state.shape)}, wanted [out_features, in_features]")
+    N, K = quant_state.shape
+    if x.ndim == 0 or x.shape[-1] != K:
+        raise ValueError(f"x: found shape {tuple(x.shape)}, wanted [..., {K}] for a weight of shape [{N}, {K}]")
+    if dropout_p > 0 and seed is None:
+        raise ValueError("seed: found None, wanted an int64 tensor of one element, as dropout_p > 0")
+    return autograd.linear(
+        x, _bytes(packed, quant_state), *_statistics(quant_state), bias, lora_A, lora_B, seed if dropout_p > 0 else None,
+        N, quant_state.blocksize, quant_state.quant_type, scaling, dropout_p,
+    )  # fmt: skip
+
+
+class QuantError(NamedTuple):
+    """How far a quantized tensor is from the original; see `quantization_error`."""
+
+    mean_abs: float
+    relative_rms: float
+    nested_relative: float
+
+
+def quantization_error(A: Tensor, packed: Tensor, quant_state: QuantState) -> QuantError:
+    """Error of a quantized tensor against the original `A`; warns where double quantization spoils a block.
+
+    Returns: mean |A - decoded|; rms(A - decoded) / rms(A); and the largest relative error of an absmax
+    (0 without double quantization), which one huge block can drive up for its 255 neighbours.
+    """
+    difference = (A.double() - dequantize_4bit(packed, quant_state, torch.float32).double()).abs()
+    norm = A.double().square().mean().sqrt()
+    nested = 0.0
+    if quant_state.nested:
+        _, exact = reference.quantize(A, quant_state.blocksize, quant_state.quant_type)
+        stored = reference.dequantize_absmax(*_statistics(quant_state))
+        relative = ((stored - exact).abs() / exact)[exact > 0]
+        nested = relative.max().item() if relative.numel() else 0.0
+        if nested > 0.1:
+            warnings.warn(
+                f"double quantization changes an absmax by {nested:.0%}: a block among its 256 is far larger than the "
+                "others; compress_statistics=False keeps them exact",
+                stacklevel=2,
+            )
+    return QuantError(difference.mean().item(), (difference.square().mean().sqrt() / norm).item(), nested)
+
+
+def raise_not_finite(name: str, A: Tensor) -> None:
+    """Raise the ValueError that says how many elements of A are NaN or Inf and where the first is."""
+    bad = (~A.isfinite()).reshape(-1)
+    count, first = int(bad.sum()), int(bad.to(torch.uint8).argmax())
+    where = tuple(int(i) for i in torch.unravel_index(torch.tensor(first), A.shape))
+    value = A[where].item()
+    raise ValueError(f"{name}: found {count} NaN or Inf of {A.numel()} elements, the first ({value}) at {where}; wanted none")
+
+
+def _dequantize_as(quant_type: str, packed: Tensor, quant_state: QuantState, dtype: torch.dtype | None) -> Tensor:
+    if quant_state.quant_type != quant_type:
+        raise ValueError(f"quant_state.quant_type: found {quant_state.quant_type!r}, wanted {quant_type!r}")
+    return dequantize_4bit(packed, quant_state, dtype)
+
+
+def _bytes(packed: Tensor, quant_state: QuantState) -> Tensor:
+    if not packed.is_contiguous():
+        raise ValueError(f"packed: found strides {packed.stride()}, wanted it contiguous")
+    packed = packed.detach().reshape(-1).view(torch.uint8)
+    if packed.numel() != ceil_div(quant_state.numel, 2):
+        raise ValueError(
+            f"packed: found {packed.numel()} bytes, wanted {ceil_div(quant_state.numel, 2)} for shape {tuple(quant_state.shape)}"
+        )
+    return packed.unsqueeze(1)
+
+
+def _statistics(state: QuantState) -> tuple[Tensor, Tensor | None, Tensor | None]:
+    return state.absmax, state.nested_absmax, state.offset

@@ -1,0 +1,212 @@
+"""Checkpoint folders that are published whole or not at all: safetensors, JSON and text, never pickle.
+
+A folder is written under a temporary name beside its target, every file flushed to the disk, `manifest.json` (size and
+SHA-256 of every other file) last, and then renamed in one step. A process killed at any moment leaves the older
+checkpoints as they were and at most a temporary folder, which the next save sweeps.
+"""
+
+import fcntl
+import hashlib
+import json
+import os
+import re
+import shutil
+import stat
+import tempfile
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, nullcontext, suppress
+from pathlib import Path
+from typing import Any
+
+import safetensors.torch
+from safetensors import SafetensorError
+from torch import Tensor
+
+MANIFEST = "manifest.json"
+FORMAT = "nf4lora-checkpoint-1"
+JSON_LIMIT = 1 << 20
+_STEP = re.compile(r"checkpoint-(\d{1,18})")
+_TEMP = ".nf4lora-tmp-"
+
+
+class CheckpointError(ValueError):
+    """A checkpoint, or a file of one, that is incomplete, damaged or not what its manifest says."""
+
+
+def save(root: str | os.PathLike, step: int, files: Mapping[str, bytes], keep: int = 2) -> Path:
+    """Publish `root/checkpoint-<step>` and remove all but the `keep` newest checkpoints.
+
+    Args:
+        files: plain file name -> its bytes
+    Returns: the folder
+    Raises:  ValueError (a name that is not plain, keep < 1); OSError with the system's reason (no space, read-only, …):
+             what was there before is there still, and the temporary folder is gone
+    """
+    if keep < 1:
+        raise ValueError(f"keep: found {keep}, wanted 1 or more")
+    target = Path(root) / f"checkpoint-{step}"
+    publish(target, files)
+    for old in [folder for _, folder in _numbered(Path(root)) if folder != target][keep - 1 :]:
+        shutil.rmtree(old, ignore_errors=True)
+    return target
+
+
+def publish(target: str | os.PathLike, files: Mapping[str, bytes]) -> None:
+    """Write a folder of files and its manifest under a temporary name, flush them, and rename it to `target`.
+
+    A `target` that exists is replaced; where that is a checkpoint of the same step, it is first moved aside.
+    Raises: as `save`.
+    """
+    target = Path(target)
+    for name in files:
+        _plain(name, target)
+    try:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        sweep(target.parent)
+        with _temporary(target.parent) as temp:
+            entries = {}
+            for name, data in files.items():
+                _write(temp / name, data)
+                entries[name] = {"sha256": hashlib.sha256(data).hexdigest(), "size": len(data)}
+            _write(temp / MANIFEST, json.dumps({"format": FORMAT, "files": entries}, indent=1).encode())
+            _flush_folder(temp)
+            _rename(temp, target)
+    except OSError as error:
+        message = f"cannot write {target}: {error.strerror or error}; what was saved before is untouched"
+        raise OSError(error.errno, message) from error
+
+
+def latest(root: str | os.PathLike) -> Path | None:
+    """The newest complete checkpoint of `root`, every byte checked against its manifest; None if there is none."""
+    for _, folder in _numbered(Path(root)):
+        with suppress(CheckpointError):
+            read(folder)
+            return folder
+    return None
+
+
+def read(folder: str | os.PathLike) -> dict[str, bytes]:
+    """Every file of a checkpoint, read once and checked: name -> bytes.
+
+    Raises: CheckpointError naming the file that is missing, damaged, a link, or not of the size or hash in the manifest.
+    """
+    folder = Path(folder)
+    manifest = parse_json(_read(folder / MANIFEST, JSON_LIMIT), folder / MANIFEST)
+    entries = manifest.get("files")
+    if manifest.get("format") != FORMAT or not isinstance(entries, dict):
+        raise CheckpointError(f"{folder / MANIFEST}: found format {manifest.get('format')!r}, wanted {FORMAT!r}")
+    files = {}
+    for name, entry in entries.items():
+        path = folder / _plain(name, folder)
+        size = entry.get("size") if isinstance(entry, dict) else None
+        if not isinstance(size, int) or size < 0:
+            raise CheckpointError(f"{folder / MANIFEST}: {name!r} has no valid size")
+        data = _read(path, size)
+        if len(data) != size or hashlib.sha256(data).hexdigest() != entry.get("sha256"):
+            raise CheckpointError(f"{path}: {len(data)} bytes that are not the {size} bytes the manifest describes")
+        files[name] = data
+    return files
+
+
+def parse_json(data: bytes, path: str | os.PathLike) -> dict[str, Any]:
+    """A JSON object of at most 1 MB without NaN or Infinity. Raises: CheckpointError naming the file."""
+    if len(data) > JSON_LIMIT:
+        raise CheckpointError(f"{path}: {len(data)} bytes of JSON, wanted at most {JSON_LIMIT}")
+
+    def refuse(constant: str) -> None:
+        raise ValueError(f"{constant} is no JSON number")
+
+    try:
+        value = json.loads(data, parse_constant=refuse)
+    except (ValueError, RecursionError) as error:
+        raise CheckpointError(f"{path}: not valid JSON ({error})") from error
+    if not isinstance(value, dict):
+        raise CheckpointError(f"{path}: found a JSON {type(value).__name__}, wanted an object")
+    return value
+
+
+def parse_tensors(data: bytes, path: str | os.PathLike) -> dict[str, Tensor]:
+    """The tensors of a safetensors file, in new memory. Raises: CheckpointError naming the file."""
+    try:
+        return safetensors.torch.load(data)
+    except (SafetensorError, ValueError, KeyError) as error:
+        raise CheckpointError(f"{path}: truncated or damaged safetensors file ({error})") from error
+
+
+def sweep(folder: Path) -> None:
+    """Remove the temporary folders of savers that are dead; a living saver holds a lock on its own."""
+    for entry in folder.glob(_TEMP + "*"):
+        with suppress(OSError):
+            lock = os.open(entry, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW)
+            try:
+                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                shutil.rmtree(entry)
+            finally:
+                os.close(lock)
+
+
+@contextmanager
+def _temporary(parent: Path) -> Iterator[Path]:
+    temp = Path(tempfile.mkdtemp(prefix=_TEMP, dir=parent))
+    lock = os.open(temp, os.O_RDONLY | os.O_DIRECTORY)
+    try:
+        fcntl.flock(lock, fcntl.LOCK_SH)
+        yield temp
+    finally:
+        os.close(lock)
+        shutil.rmtree(temp, ignore_errors=True)  # holds what was replaced, or what could not be finished
+
+
+def _rename(temp: Path, target: Path) -> None:
+    with _temporary(target.parent) if target.exists() else nullcontext() as replaced:
+        if replaced:
+            target.rename(replaced)
+        try:
+            temp.rename(target)
+        except OSError:
+            if replaced:
+                replaced.rename(target)
+            raise
+    _flush_folder(target.parent)
+
+
+def _write(path: Path, data: bytes) -> None:
+    with path.open("xb", buffering=0) as file:
+        view = memoryview(data)
+        while view:
+            view = view[file.write(view) :]
+        os.fsync(file.fileno())
+
+
+def _flush_folder(folder: Path) -> None:
+    descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def _read(path: Path, limit: int) -> bytes:
+    """At most limit + 1 bytes of a regular file, not through a link."""
+    try:
+        with open(os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK), "rb") as file:
+            status = os.fstat(file.fileno())
+            if not stat.S_ISREG(status.st_mode):
+                raise CheckpointError(f"{path}: not a regular file")
+            return file.read(min(limit, status.st_size) + 1)
+    except OSError as error:
+        raise CheckpointError(f"{path}: cannot be read ({error.strerror})") from error
+
+
+def _plain(name: Any, folder: Path) -> str:
+    if not isinstance(name, str) or not name or name in (".", "..", MANIFEST) or os.path.basename(name) != name or "\0" in name:
+        raise CheckpointError(f"{folder}: file name {name!r} in a checkpoint, wanted a plain name")
+    return name
+
+
+def _numbered(root: Path) -> list[tuple[int, Path]]:
+    """(step, folder) of every checkpoint folder, newest first."""
+    if not root.is_dir():
+        return []
+    found = ((_STEP.fullmatch(entry.name), entry) for entry in root.iterdir() if not entry.is_symlink() and entry.is_dir())
+    return sorted(((int(match[1]), entry) for match, entry in found if match), reverse=True)

@@ -1,0 +1,65 @@
+"""`replace_linears`: put 4-bit layers in the place of a model's dense linears."""
+
+from collections import Counter
+from collections.abc import Iterable
+from typing import Any
+
+from torch import nn
+
+from ..functional import raise_not_finite
+from .linear import NF4Linear
+from .lora import NF4LoRALinear
+
+
+def replace_linears(
+    model: nn.Module,
+    target_modules: str | Iterable[str] = "all-linear",
+    exclude: Iterable[str] = ("lm_head",),
+    layer: type[NF4Linear] = NF4LoRALinear,
+    **kwargs: Any,
+) -> nn.Module:
+    """Replace `torch.nn.Linear`s of `model` in place by `layer.from_linear(linear, **kwargs)`; other parameters stay.
+
+    Args:
+        target_modules: "all-linear", or names: a module's own ("q_proj") or the end of its path ("self_attn.q_proj")
+        exclude:        names that stay dense, written likewise
+        layer:          `NF4LoRALinear`, or `NF4Linear` for a base without adapters
+        kwargs:         r, lora_alpha, lora_dropout, blocksize, …: those of `layer`
+    Returns: `model`
+    Raises:  ValueError, before anything is changed, for names that match no linear (listing those there are), weights
+             shared with another module, and NaN or Inf in a weight.
+    """
+    linears = {name: m for name, m in model.named_modules() if isinstance(m, nn.Linear) and not isinstance(m, NF4Linear)}
+    if "" in linears:
+        raise ValueError(f"model: found a bare {type(model).__name__}; use {layer.__name__}.from_linear(linear)")
+    exclude = [exclude] if isinstance(exclude, str) else list(exclude)
+    targets = [target_modules] if isinstance(target_modules, str) else list(target_modules)
+    if targets == ["all-linear"]:
+        chosen = list(linears)
+    else:
+        chosen = [name for name in linears if any(_ends_with(name, t) for t in targets)]
+        if unknown := [t for t in targets if not any(_ends_with(name, t) for name in linears)]:
+            there = sorted({name.rsplit(".", 1)[-1] for name in linears})
+            raise ValueError(f"target_modules: found no linear named {unknown}; the model has {there}")
+    chosen = [name for name in chosen if not any(_ends_with(name, e) for e in exclude)]
+    if not chosen:
+        raise ValueError(f"model: found no torch.nn.Linear to replace outside {exclude}")
+    _check_weights(model, {name: linears[name] for name in chosen})
+    for name in chosen:
+        model.set_submodule(name, layer.from_linear(linears.pop(name), **kwargs))
+    return model
+
+
+def _ends_with(name: str, target: str) -> bool:
+    return name == target or name.endswith("." + target)
+
+
+def _check_weights(model: nn.Module, linears: dict[str, nn.Linear]) -> None:
+    holders = Counter(id(p) for m in model.modules() for p in m.parameters(recurse=False))
+    for name, linear in linears.items():
+        if linear.weight.is_meta:
+            raise ValueError(f"{name}: found its weight on the meta device; load the model before quantizing it")
+        if holders[id(linear.weight)] > 1:
+            raise ValueError(f"{name}: found its weight shared with another module, which would stay dense; exclude {name!r}")
+        if not linear.weight.isfinite().all():
+            raise_not_finite(f"{name}.weight", linear.weight)

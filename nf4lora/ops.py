@@ -1,0 +1,90 @@
+"""The ops `torch.ops.nf4lora.*`: per op one schema, one fake, and one check of the arguments, which every call passes.
+
+They allocate their outputs, never synchronize and never look at values. What they compute is in `nf4lora.reference`.
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from . import backends, checks
+from . import native as native  # enters the rows of the "cpu" back end
+from . import reference
+from .codebook import NESTED_BLOCKSIZE
+from .quant_state import ceil_div
+
+_library = torch.library.Library("nf4lora", "DEF")
+_WEIGHT = "Tensor packed, Tensor absmax, Tensor? nested_absmax, Tensor? offset"
+
+
+def _define(schema: str, fake: Callable[..., Any], check: Callable[..., None]) -> Callable[..., Any]:
+    name = schema[: schema.index("(")]
+
+    def call(*args: Any) -> Any:
+        check(*args)
+        device = args[0].device.type
+        if torch.is_autocast_enabled(device):
+            with torch.autocast(device, enabled=False):
+                return backends.run(name, *args)
+        return backends.run(name, *args)
+
+    def checked_fake(*args: Any) -> Any:
+        check(*args)
+        return fake(*args)
+
+    _library.define(schema, tags=(torch.Tag.pt2_compliant_tag, torch.Tag.needs_fixed_stride_order))
+    for key in ("CPU", "CUDA"):
+        _library.impl(name, call, key)
+    torch.library.register_fake(f"nf4lora::{name}", checked_fake, lib=_library)
+    backends.implements(name, "reference")(getattr(reference, name))
+    return getattr(torch.ops.nf4lora, name).default
+
+
+quantize = _define(
+    "quantize(Tensor a, int blocksize, str quant_type) -> (Tensor, Tensor)",
+    lambda a, blocksize, quant_type: (
+        a.new_empty((ceil_div(a.numel(), 2), 1), dtype=torch.uint8),
+        a.new_empty(ceil_div(a.numel(), blocksize), dtype=torch.float32),
+    ),
+    checks.quantize,
+)
+quantize_absmax = _define(
+    "quantize_absmax(Tensor absmax, Tensor offset) -> (Tensor, Tensor)",
+    lambda absmax, offset: (
+        absmax.new_empty(absmax.numel(), dtype=torch.uint8),
+        absmax.new_empty(ceil_div(absmax.numel(), NESTED_BLOCKSIZE)),
+    ),
+    checks.quantize_absmax,
+)
+dequantize = _define(
+    f"dequantize({_WEIGHT}, SymInt[] shape, int blocksize, str quant_type, ScalarType dtype) -> Tensor",
+    lambda packed, absmax, nested_absmax, offset, shape, blocksize, quant_type, dtype: packed.new_empty(shape, dtype=dtype),
+    checks.dequantize,
+)
+linear_fwd = _define(
+    f"linear_fwd(Tensor x, {_WEIGHT}, Tensor? bias, Tensor? lora_A, Tensor? lora_B, Tensor? seed, "
+    "SymInt N, int blocksize, str quant_type, float scaling, float dropout_p) -> (Tensor, Tensor)",
+    lambda x, packed, absmax, nested_absmax, offset, bias, lora_A, lora_B, seed, N, *rest: (
+        x.new_empty((x.shape[0], N)),
+        x.new_empty((x.shape[0], 0 if lora_A is None else lora_A.shape[0])),
+    ),
+    checks.linear_fwd,
+)
+linear_bwd = _define(
+    f"linear_bwd(Tensor dy, {_WEIGHT}, Tensor? lora_A, Tensor? dyb, Tensor? seed, "
+    "SymInt K, int blocksize, str quant_type, float dropout_p) -> Tensor",
+    lambda dy, packed, absmax, nested_absmax, offset, lora_A, dyb, seed, K, *rest: dy.new_empty((dy.shape[0], K)),
+    checks.linear_bwd,
+)
+lora_bwd = _define(
+    "lora_bwd(Tensor dy, Tensor x, Tensor xa, Tensor lora_A, Tensor lora_B, Tensor? seed, "
+    "float scaling, float dropout_p, bool need_dA, bool need_dB) -> (Tensor, Tensor, Tensor)",
+    lambda dy, x, xa, lora_A, lora_B, seed, scaling, dropout_p, need_dA, need_dB: (
+        dy.new_empty((dy.shape[0], lora_B.shape[1])),
+        torch.empty_like(lora_A) if need_dA else lora_A.new_empty(0),
+        torch.empty_like(lora_B) if need_dB else lora_B.new_empty(0),
+    ),
+    checks.lora_bwd,
+)
