@@ -15,7 +15,9 @@ SOURCES = sorted(str(p) for p in Path("csrc/cpu").glob("*.cpp"))
 HEADERS = sorted(str(p) for p in [*Path("csrc").rglob("*.h"), *Path("nf4lora").glob("*.csv")])
 FLAGS = "-O3 -std=c++17 -fPIC -fvisibility=hidden -ffp-contract=off -Wall -Wextra -Icsrc -Inf4lora".split()
 X86 = platform.machine() in ("x86_64", "AMD64")
-ISAS = {"portable": []} | ({"avx2": ["-mavx2", "-mfma", "-mf16c"], "avx512": "-mavx512f -mavx512bw -mavx512vl -mavx512dq -mfma -mf16c".split()} if X86 else {})
+AVX2 = ["-mavx2", "-mfma", "-mf16c"]
+AVX512 = [*AVX2, *"-mavx512f -mavx512bw -mavx512vl -mavx512dq -mprefer-vector-width=512".split()]
+ISAS = {"portable": []} | ({"avx2": AVX2, "avx512": AVX512} if X86 else {})
 
 
 def compiler() -> list[str]:
@@ -40,18 +42,18 @@ class BuildLibrary(build_ext):
 
     def build_extension(self, ext: Extension) -> None:
         cxx = compiler()
-        omp = openmp(cxx)
         # api.cpp chooses among the instruction sets; every other file is compiled once for each.
-        jobs = [(s, i, f) for i, f in ISAS.items() for s in ext.sources if not s.endswith("api.cpp")]
-        jobs += [(s, "any", []) for s in ext.sources if s.endswith("api.cpp")]
-        objects = []
-        for source, isa, flags in jobs:
-            objects.append(f"{self.build_temp}/{Path(source).stem}.{isa}.o")
-            os.makedirs(self.build_temp, exist_ok=True)
-            self.spawn([*cxx, *FLAGS, *omp, *flags, f"-DNF4LORA_ISA={isa}", "-c", source, "-o", objects[-1]])
+        flags = [*FLAGS, *openmp(cxx), *os.environ.get("CXXFLAGS", "").split()]
+        jobs = {f"{Path(s).stem}.{isa}": (s, [*extra, f"-DNF4LORA_ISA={isa}"])
+                for s in ext.sources if Path(s).stem != "api" for isa, extra in ISAS.items()}  # fmt: skip
+        jobs["api"] = ("csrc/cpu/api.cpp", [])
+        os.makedirs(self.build_temp, exist_ok=True)
+        objects = [f"{self.build_temp}/{name}.o" for name in jobs]
+        for target, (source, extra) in zip(objects, jobs.values()):
+            self.spawn([*cxx, *flags, *extra, "-c", source, "-o", target])
         out = self.get_ext_fullpath(ext.name)
         os.makedirs(os.path.dirname(out), exist_ok=True)
-        self.spawn([*cxx, "-shared", *omp, *objects, "-Wl,-z,relro,-z,now", "-o", out])
+        self.spawn([*cxx, "-shared", *flags, *objects, "-Wl,-z,relro,-z,now", "-o", out])
 
 
 class Wheel(bdist_wheel):

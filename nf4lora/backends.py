@@ -4,7 +4,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
@@ -16,7 +16,7 @@ class Row:
     """One back end's way to run one op.
 
     call:      takes the op's arguments, and `config` last where the row has a `configure`
-    why_not:   the op's arguments -> why this back end cannot run them, or None
+    why_not:   the op's arguments -> why this back end cannot run them, or None; without arguments, anything at all
     configure: the op's arguments -> the config of `nf4lora.heuristics` to run with
     """
 
@@ -84,3 +84,22 @@ def run(op: str, *args: Any) -> Any:
             return row.call(*args) if row.configure is None else row.call(*args, row.configure(*args))
         reasons.append(f"{backend}: {reason}")
     raise NotImplementedError(f"nf4lora::{op} on {device}: no back end can run it\n  " + "\n  ".join(reasons))
+
+
+class Availability(NamedTuple):
+    """Whether a back end can run anything on a kind of device; `why_not` is None where it can."""
+
+    device: str
+    backend: str
+    why_not: str | None
+
+
+def report() -> list[Availability]:
+    """Every back end of every kind of device, in the order they are tried, and why not for each that is not there."""
+    found = []
+    for device, order in PRIORITY.items():
+        absent = "torch finds no CUDA device" if device == "cuda" and not torch.cuda.is_available() else None
+        for backend in order:
+            rows = [row for (_, name), row in _ROWS.items() if name == backend]
+            found.append(Availability(device, backend, rows[0].why_not() or absent if rows else "has no kernels in this version"))
+    return found

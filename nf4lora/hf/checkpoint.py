@@ -38,12 +38,11 @@ def save(root: str | os.PathLike, step: int, files: Mapping[str, bytes], keep: i
 
     Args:
         files: plain file name -> its bytes
+        keep:  at least 1
     Returns: the folder
-    Raises:  ValueError (a name that is not plain, keep < 1); OSError with the system's reason (no space, read-only, …):
-             what was there before is there still, and the temporary folder is gone
+    Raises:  ValueError (a name that is not plain); OSError with the system's reason (no space, read-only, …): what was
+             there before is there still, and the temporary folder is gone
     """
-    if keep < 1:
-        raise ValueError(f"keep: found {keep}, wanted 1 or more")
     target = Path(root) / f"checkpoint-{step}"
     publish(target, files)
     for old in [folder for _, folder in _numbered(Path(root)) if folder != target][keep - 1 :]:
@@ -54,8 +53,7 @@ def save(root: str | os.PathLike, step: int, files: Mapping[str, bytes], keep: i
 def publish(target: str | os.PathLike, files: Mapping[str, bytes]) -> None:
     """Write a folder of files and its manifest under a temporary name, flush them, and rename it to `target`.
 
-    A `target` that exists is replaced; where that is a checkpoint of the same step, it is first moved aside.
-    Raises: as `save`.
+    A `target` that exists is moved aside first, and back if the rename fails. Raises: as `save`.
     """
     target = Path(target)
     for name in files:
@@ -69,7 +67,7 @@ def publish(target: str | os.PathLike, files: Mapping[str, bytes]) -> None:
                 _write(temp / name, data)
                 entries[name] = {"sha256": hashlib.sha256(data).hexdigest(), "size": len(data)}
             _write(temp / MANIFEST, json.dumps({"format": FORMAT, "files": entries}, indent=1).encode())
-            _flush_folder(temp)
+            _flush(temp)
             _rename(temp, target)
     except OSError as error:
         message = f"cannot write {target}: {error.strerror or error}; what was saved before is untouched"
@@ -88,7 +86,7 @@ def latest(root: str | os.PathLike) -> Path | None:
 def read(folder: str | os.PathLike) -> dict[str, bytes]:
     """Every file of a checkpoint, read once and checked: name -> bytes.
 
-    Raises: CheckpointError naming the file that is missing, damaged, a link, or not of the size or hash in the manifest.
+    Raises: CheckpointError naming the file that is missing, damaged, a link, or not as the manifest describes it.
     """
     folder = Path(folder)
     manifest = parse_json(_read(folder / MANIFEST, JSON_LIMIT), folder / MANIFEST)
@@ -113,11 +111,8 @@ def parse_json(data: bytes, path: str | os.PathLike) -> dict[str, Any]:
     if len(data) > JSON_LIMIT:
         raise CheckpointError(f"{path}: {len(data)} bytes of JSON, wanted at most {JSON_LIMIT}")
 
-    def refuse(constant: str) -> None:
-        raise ValueError(f"{constant} is no JSON number")
-
     try:
-        value = json.loads(data, parse_constant=refuse)
+        value = json.loads(data, parse_constant=_no_number)
     except (ValueError, RecursionError) as error:
         raise CheckpointError(f"{path}: not valid JSON ({error})") from error
     if not isinstance(value, dict):
@@ -167,19 +162,16 @@ def _rename(temp: Path, target: Path) -> None:
             if replaced:
                 replaced.rename(target)
             raise
-    _flush_folder(target.parent)
+    _flush(target.parent)
 
 
 def _write(path: Path, data: bytes) -> None:
-    with path.open("xb", buffering=0) as file:
-        view = memoryview(data)
-        while view:
-            view = view[file.write(view) :]
-        os.fsync(file.fileno())
+    path.write_bytes(data)
+    _flush(path)
 
 
-def _flush_folder(folder: Path) -> None:
-    descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
+def _flush(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
     finally:
@@ -198,15 +190,18 @@ def _read(path: Path, limit: int) -> bytes:
         raise CheckpointError(f"{path}: cannot be read ({error.strerror})") from error
 
 
+def _no_number(constant: str) -> None:
+    raise ValueError(f"{constant} is no JSON number")
+
+
 def _plain(name: Any, folder: Path) -> str:
-    if not isinstance(name, str) or not name or name in (".", "..", MANIFEST) or os.path.basename(name) != name or "\0" in name:
+    plain = isinstance(name, str) and os.path.basename(name) == name and "\0" not in name
+    if not plain or name in ("", ".", "..", MANIFEST):
         raise CheckpointError(f"{folder}: file name {name!r} in a checkpoint, wanted a plain name")
     return name
 
 
 def _numbered(root: Path) -> list[tuple[int, Path]]:
     """(step, folder) of every checkpoint folder, newest first."""
-    if not root.is_dir():
-        return []
-    found = ((_STEP.fullmatch(entry.name), entry) for entry in root.iterdir() if not entry.is_symlink() and entry.is_dir())
-    return sorted(((int(match[1]), entry) for match, entry in found if match), reverse=True)
+    folders = [entry for entry in root.glob("checkpoint-*") if entry.is_dir() and not entry.is_symlink()]
+    return sorted(((int(m[1]), entry) for entry in folders if (m := _STEP.fullmatch(entry.name))), reverse=True)

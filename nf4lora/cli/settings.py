@@ -1,0 +1,92 @@
+"""What a fine-tuning run is told, checked before anything heavy is imported."""
+
+import math
+from dataclasses import asdict, dataclass, fields, replace
+from typing import Any
+
+SCHEDULERS = ("constant", "linear", "cosine")
+DTYPES = ("auto", "float32", "bfloat16")
+
+
+class UserError(Exception):
+    """Bad input; the text says what was found, what was wanted and what to do. The command exits with 2."""
+
+
+@dataclass(frozen=True)
+class Settings:
+    """Options of `nf4lora finetune`, under the same names. The defaults are those of a run on the user's own model."""
+
+    model: str | None = None
+    data: str | None = None
+    output: str = "nf4lora-output"
+    r: int = 16
+    alpha: float = 32.0
+    dropout: float = 0.05
+    target_modules: tuple[str, ...] = ("all-linear",)
+    lr: float = 2e-4
+    lr_scheduler: str = "linear"
+    warmup_ratio: float = 0.03
+    max_grad_norm: float = 1.0
+    epochs: float = 1.0
+    max_steps: int | None = None
+    batch_size: int = 4
+    grad_accum: int = 4
+    seq_len: int = 512
+    gradient_checkpointing: bool = False
+    save_steps: int = 50
+    resume: bool = False
+    seed: int = 0
+    compute_dtype: str = "auto"
+
+    def __post_init__(self) -> None:
+        """Raises: UserError naming the option."""
+        for name in ("r", "max_steps", "batch_size", "grad_accum", "save_steps"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                _refuse(name, value, "an integer of 1 or more")
+        if self.seq_len < 2:
+            _refuse("seq_len", self.seq_len, "an integer of 2 or more")
+        if not 0 <= self.seed < 2**63:
+            _refuse("seed", self.seed, "an integer from 0 to 2**63 - 1")
+        for name in ("alpha", "lr", "max_grad_norm", "epochs"):
+            if not 0 < getattr(self, name) < math.inf:
+                _refuse(name, getattr(self, name), "a finite number above 0")
+        if not 0 <= self.dropout < 1:
+            _refuse("dropout", self.dropout, "a number in [0, 1)")
+        if not 0 <= self.warmup_ratio <= 1:
+            _refuse("warmup_ratio", self.warmup_ratio, "a number in [0, 1]")
+        if self.lr_scheduler not in SCHEDULERS:
+            _refuse("lr_scheduler", self.lr_scheduler, f"one of {', '.join(SCHEDULERS)}")
+        if self.compute_dtype not in DTYPES:
+            _refuse("compute_dtype", self.compute_dtype, f"one of {', '.join(DTYPES)}")
+        if not self.target_modules or not all(self.target_modules):
+            _refuse("target_modules", ",".join(self.target_modules), "all-linear, or names separated by commas")
+
+    def with_options(self, options: dict[str, Any]) -> "Settings":
+        """These settings with every option that was given, those that are not None."""
+        return replace(self, **{name: value for name, value in options.items() if value is not None})
+
+    def must_match(self) -> dict[str, Any]:
+        """What a resumed run must share with the run that wrote the checkpoint, as JSON has it."""
+        free = ("model", "data", "output", "resume", "save_steps")
+        return {name: value for name, value in self.as_json().items() if name not in free}
+
+    def as_json(self) -> dict[str, Any]:
+        return {**asdict(self), "target_modules": list(self.target_modules)}
+
+    @classmethod
+    def from_json(cls, values: dict[str, Any]) -> "Settings":
+        known = {field.name for field in fields(cls)}
+        values = {name: value for name, value in values.items() if name in known}
+        return cls(**{**values, "target_modules": tuple(values["target_modules"])})
+
+
+# A small model trained for two minutes takes, and needs, a far higher rate than a large one.
+DEMO = Settings(
+    output="nf4lora-demo", lr=4e-3, lr_scheduler="cosine", warmup_ratio=0.05, max_steps=240, batch_size=4, grad_accum=1,
+    seq_len=128,
+)  # fmt: skip
+
+
+def _refuse(name: str, value: Any, wanted: str) -> None:
+    raise UserError(f"--{name.replace('_', '-')}: found {value}, wanted {wanted}")
