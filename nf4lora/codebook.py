@@ -23,18 +23,21 @@ def _read(name: str) -> Tensor:
 
 
 @cache
+@torch.inference_mode(False)  # a cached tensor outlives the mode it is first asked for in
 def codebook(quant_type: str, device: torch.device | str = "cpu") -> Tensor:
     """Values of the codes, float32 [16] for "nf4" and "fp4", float32 [256] for "dynamic", indexed by code."""
     return _read(quant_type).to(device)
 
 
 @cache
+@torch.inference_mode(False)
 def code_order(quant_type: str, device: torch.device | str = "cpu") -> Tensor:
     """Codes sorted by value, int64 [16]. The identity for NF4; FP4's codes are sign and magnitude bits."""
     return torch.argsort(codebook(quant_type), stable=True).to(device)
 
 
 @cache
+@torch.inference_mode(False)
 def boundaries(quant_type: str, device: torch.device | str = "cpu") -> Tensor:
     """Decision thresholds between neighbours in `code_order`, float32 [15]: their float32 midpoints; a tie is the lower."""
     values = codebook(quant_type)[code_order(quant_type)]
@@ -42,6 +45,7 @@ def boundaries(quant_type: str, device: torch.device | str = "cpu") -> Tensor:
 
 
 @cache
+@torch.inference_mode(False)
 def dynamic_boundaries(device: torch.device | str = "cpu") -> Tensor:
     """Thresholds of the 8-bit map, float32 [255]: the largest float32 not above the true midpoint.
 

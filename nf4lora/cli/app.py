@@ -7,7 +7,7 @@ import typer
 from .doctor import doctor
 from .errors import errors
 from .finetune import finetune
-from .settings import UserError
+from .settings import RunFailed, Stopped, UserError
 
 app = typer.Typer(
     name="nf4lora", help="QLoRA fine-tuning on NF4 kernels.", no_args_is_help=True, add_completion=False,
@@ -18,18 +18,18 @@ for command in (finetune, errors, doctor):
 
 
 def run() -> int:
-    """Run the command of sys.argv. Returns its exit code; an error of the program itself keeps its traceback."""
+    """Run the command of sys.argv. Returns its exit code; a fault of the program itself keeps its traceback."""
     try:
-        app(prog_name="nf4lora", standalone_mode=True)
+        app(prog_name="nf4lora")
     except UserError as error:
-        return _fail(f"error: {error}", 2)
-    except OSError as error:
-        return _fail(f"error: {error}", 1)
-    except KeyboardInterrupt as interrupt:
-        return _fail(f"stopped{': ' if interrupt.args else ''}{' '.join(interrupt.args)}", 130)
+        return _fail("error", error, 2)
+    except (RunFailed, OSError) as error:
+        return _fail("error", error, 1)
+    except Stopped as stopped:
+        return _fail("stopped", stopped, 130)
     return 0
 
 
-def _fail(message: str, code: int) -> int:
-    print("nf4lora: " + " ".join(message.split()), file=sys.stderr)
+def _fail(kind: str, error: Exception, code: int) -> int:
+    print(f"nf4lora: {kind}: {' '.join(str(error).split())}", file=sys.stderr)
     return code

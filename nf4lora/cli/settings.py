@@ -12,6 +12,14 @@ class UserError(Exception):
     """Bad input; the text says what was found, what was wanted and what to do. The command exits with 2."""
 
 
+class RunFailed(Exception):
+    """A run that cannot go on, by no fault of the options alone. The command exits with 1."""
+
+
+class Stopped(Exception):
+    """Ctrl-C; the text says how to go on. The command exits with 130."""
+
+
 @dataclass(frozen=True)
 class Settings:
     """Options of `nf4lora finetune`, under the same names. The defaults are those of a run on the user's own model."""

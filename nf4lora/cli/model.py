@@ -1,0 +1,75 @@
+"""A user's model with NF4LoRALinears in it, and what a model weighs."""
+
+import os
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from ..nn import NF4Linear, replace_linears
+from .settings import Settings, UserError
+
+
+def load(settings: Settings, device: torch.device, compute: torch.dtype) -> tuple[nn.Module, Any]:
+    """The causal language model and tokenizer of --model, its linears in NF4 with adapters, all else frozen.
+
+    Raises: UserError for a folder that is missing or holds no model, unknown target modules, or a too long --seq-len.
+    """
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    source = settings.model
+    looks_local = source.startswith((".", "/", "~")) or source.count("/") > 1 or os.sep == source[-1:]
+    if not Path(source).is_dir() and (looks_local or Path(source).exists()):
+        raise UserError(f"--model: no such folder: {source}; wanted a folder with config.json, weights and tokenizer, or a Hub id")
+    try:
+        # safetensors only: other weight files are pickles, which can run code
+        model = AutoModelForCausalLM.from_pretrained(source, dtype="auto", use_safetensors=True)
+        tokenizer = AutoTokenizer.from_pretrained(source)
+    except (OSError, ValueError) as error:
+        reason = str(error).strip().splitlines()[0]
+        raise UserError(f"--model: {source} cannot be loaded ({reason}); wanted a model folder or Hub id") from error
+    limit = getattr(model.config, "max_position_embeddings", None)
+    if limit and settings.seq_len > limit:
+        raise UserError(f"--seq-len: found {settings.seq_len}, wanted at most {limit}, the longest {source} takes")
+    return prepare(model, settings, device, compute), tokenizer
+
+
+def prepare(model: nn.Module, settings: Settings, device: torch.device, compute: torch.dtype) -> nn.Module:
+    """Put NF4LoRALinears in, freeze all but the adapters, cast what stays dense to `compute`. Raises: UserError."""
+    torch.manual_seed(settings.seed)
+    model.requires_grad_(False)
+    model.to(device)
+    try:
+        replace_linears(
+            model, list(settings.target_modules), r=settings.r, lora_alpha=settings.alpha, lora_dropout=settings.dropout
+        )
+    except ValueError as error:
+        raise UserError(f"--target-modules: {error}") from error
+    adapters = {id(p) for p in model.parameters() if p.requires_grad}
+    for parameter in model.parameters():
+        if parameter.is_floating_point() and id(parameter) not in adapters:
+            parameter.data = parameter.data.to(compute)
+    return model
+
+
+def tensor_bytes(tensors: Any) -> int:
+    return sum(t.numel() * t.element_size() for t in tensors)
+
+
+def weight_bytes(model: nn.Module) -> int:
+    """Bytes of every parameter and buffer of the model, adapters included, each counted once."""
+    return tensor_bytes([*model.parameters(), *model.buffers()])
+
+
+def optimizer_bytes(optimizer: torch.optim.Optimizer) -> int:
+    return tensor_bytes(v for entry in optimizer.state.values() for v in entry.values() if torch.is_tensor(v))
+
+
+def nf4_bits(model: nn.Module) -> float | None:
+    """Bits a quantized weight, from the bytes of the tensors that hold it; None without NF4 layers."""
+    layers = [m for m in model.modules() if isinstance(m, NF4Linear)]
+    if not layers:
+        return None
+    stored = tensor_bytes(p for m in layers for n, p in m.named_parameters(recurse=False) if n.startswith("weight"))
+    return 8 * stored / sum(m.in_features * m.out_features for m in layers)
