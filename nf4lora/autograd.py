@@ -1,5 +1,6 @@
 """The differentiable linear: one `torch.autograd.Function` over the ops, for the base product and LoRA together."""
 
+import math
 from contextlib import nullcontext
 from typing import Any
 
@@ -34,8 +35,15 @@ class NF4LoRAFunction(torch.autograd.Function):
         return y
 
     @staticmethod
-    @once_differentiable
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
+        # With a constant dy `once_differentiable` would take the gradients for constants, but they depend on A and B.
+        if torch.is_grad_enabled() and (ctx.needs_input_grad[6] or ctx.needs_input_grad[7]):
+            dy = dy.detach().requires_grad_()
+        return NF4LoRAFunction._gradients(ctx, dy)
+
+    @staticmethod
+    @once_differentiable
+    def _gradients(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
         x, xa, packed, absmax, nested_absmax, offset, lora_A, lora_B, seed = ctx.saved_tensors
         (M, K), blocksize, quant_type, scaling, dropout_p, bias_dtype = ctx.meta
         need_x, need_bias, need_A, need_B = (ctx.needs_input_grad[i] for i in (0, 5, 6, 7))
@@ -65,7 +73,7 @@ def linear(
 ) -> Tensor:  # fmt: skip
     """x [..., K] -> y [..., N], in x's dtype; arguments as in `reference.linear_fwd`."""
     y = NF4LoRAFunction.apply(
-        x.reshape(-1, x.shape[-1]), packed, absmax, nested_absmax, offset, bias, lora_A, lora_B, seed,
+        x.reshape(math.prod(x.shape[:-1]), x.shape[-1]), packed, absmax, nested_absmax, offset, bias, lora_A, lora_B, seed,
         N, blocksize, quant_type, scaling, dropout_p,
     )  # fmt: skip
     return y.reshape(*x.shape[:-1], N)

@@ -109,8 +109,8 @@ def _matrix(name: str, t: Tensor, shape: tuple[int, int] | None, dtypes: tuple[t
 
 
 def format(blocksize: int, quant_type: str) -> None:
-    if blocksize not in BLOCKSIZES:
-        raise ValueError(f"blocksize: found {blocksize}, wanted one of {BLOCKSIZES}")
+    if type(blocksize) is not int or blocksize not in BLOCKSIZES:
+        raise ValueError(f"blocksize: found {blocksize!r}, wanted one of {BLOCKSIZES}")
     if quant_type not in QUANT_TYPES:
         raise ValueError(f"quant_type: found {quant_type!r}, wanted one of {QUANT_TYPES}")
 

@@ -6,7 +6,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from . import autograd, ops, reference
+from . import autograd, checks, ops, reference
 from .quant_state import QuantState, ceil_div
 
 
@@ -33,12 +33,17 @@ def quantize_4bit(
     Memory:   reads A once, writes half a byte an element and 4 bytes a block; not differentiable
     Source:   QLoRA, arXiv:2305.14314 §3; spec: nf4lora/reference.py::quantize
     """
+    if not isinstance(A, Tensor) or A.layout != torch.strided:
+        raise TypeError(f"A: found a {getattr(A, 'layout', type(A).__name__)}, wanted a dense torch tensor")
+    if not isinstance(quant_storage, torch.dtype):
+        raise TypeError(f"quant_storage: found {quant_storage!r}, wanted a dtype such as torch.uint8")
+    checks.format(blocksize, quant_type)
     if A.ndim == 0:
         raise ValueError("A: found a tensor without dimensions, wanted one or more; A.reshape(1) makes one")
     packed, absmax = ops.quantize(A.detach(), blocksize, quant_type)
     if packed.numel() % quant_storage.itemsize:
         raise ValueError(f"quant_storage: {packed.numel()} bytes are no whole number of {quant_storage}; use torch.uint8")
-    if check_finite and not bool(absmax.isfinite().all()):
+    if check_finite and not absmax.is_meta and not bool(absmax.isfinite().all()):
         raise_not_finite("A", A)
     offset = nested_absmax = None
     if compress_statistics:
@@ -166,7 +171,7 @@ def raise_not_finite(name: str, A: Tensor) -> None:
     """Raise the ValueError that says how many elements of A are NaN or Inf and where the first is."""
     bad = (~A.isfinite()).reshape(-1)
     count, first = int(bad.sum()), int(bad.to(torch.uint8).argmax())
-    where = tuple(int(i) for i in torch.unravel_index(torch.tensor(first), A.shape))
+    where = tuple(int(i) for i in torch.unravel_index(torch.tensor(first, device="cpu"), A.shape))
     value = A[where].item()
     raise ValueError(f"{name}: found {count} NaN or Inf of {A.numel()} elements, the first ({value}) at {where}; wanted none")
 

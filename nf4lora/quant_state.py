@@ -79,8 +79,8 @@ class QuantState:
 
     @property
     def code(self) -> Tensor:
-        """The 16 values of the codes, float32 [16], on the device of `absmax`."""
-        return codebook(self.quant_type, self.absmax.device)
+        """The 16 values of the codes, float32 [16], on the device of `absmax`; a copy."""
+        return codebook(self.quant_type, self.absmax.device).clone()
 
     def to(self, device: torch.device | str) -> "QuantState":
         """The same state on another device; `self` is left as it is."""

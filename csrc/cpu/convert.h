@@ -19,6 +19,12 @@ NF4LORA_INLINE float float_of(uint32_t u) {
     return f;
 }
 
+// A choice the compiler cannot turn back into a branch, which would keep the loop scalar.
+NF4LORA_INLINE uint32_t select(bool condition, uint32_t yes, uint32_t no) {
+    const uint32_t mask = 0u - static_cast<uint32_t>(condition);
+    return (yes & mask) | (no & ~mask);
+}
+
 NF4LORA_INLINE float from_bf16(uint16_t h) { return float_of(static_cast<uint32_t>(h) << 16); }
 
 NF4LORA_INLINE uint16_t to_bf16(float f) {
@@ -36,7 +42,7 @@ NF4LORA_INLINE float from_fp16(uint16_t h) {
     const uint32_t normal = magnitude + kHalfToFloatBias;
     const uint32_t special = normal + kHalfToFloatBias;
     const uint32_t denormal = bits_of(float_of(magnitude + kSmallestNormal) - float_of(kSmallestNormal));
-    const uint32_t u = magnitude >= (31u << 23) ? special : magnitude < (1u << 23) ? denormal : normal;
+    const uint32_t u = select(magnitude >= (31u << 23), special, select(magnitude < (1u << 23), denormal, normal));
     return float_of(u | (static_cast<uint32_t>(h & 0x8000u) << 16));
 }
 
@@ -47,8 +53,8 @@ NF4LORA_INLINE uint16_t to_fp16(float f) {
     const uint32_t u = bits_of(f) & 0x7fffffff;
     const uint32_t normal = (u - kHalfToFloatBias + 0xfff + ((u >> 13) & 1)) >> 13;
     const uint32_t denormal = bits_of(float_of(u) + float_of(kDenormalMagic)) - kDenormalMagic;
-    const uint32_t special = u > 0x7f800000 ? 0x7e00 : 0x7c00;
-    const uint32_t h = u >= kOverflow ? special : u < kSmallestNormal ? denormal : normal;
+    const uint32_t special = select(u > 0x7f800000, 0x7e00, 0x7c00);
+    const uint32_t h = select(u >= kOverflow, special, select(u < kSmallestNormal, denormal, normal));
     return static_cast<uint16_t>(h | ((bits_of(f) >> 16) & 0x8000));
 }
 

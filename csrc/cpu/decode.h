@@ -57,6 +57,7 @@ NF4LORA_INLINE Vec decode_vec(const Lookup &, const Codebook &book, const uint8_
 static void decode_elements(const Weight &w, int64_t first, int64_t count, float *__restrict dst) {
     const Codebook &book = codebook(w.quant_type);
     const Lookup table = lookup(book);
+    const uint8_t *const packed = w.packed;
     const int64_t last = first + count;
     int64_t block = first / w.blocksize;
     int64_t block_end = (block + 1) * w.blocksize;
@@ -64,13 +65,13 @@ static void decode_elements(const Weight &w, int64_t first, int64_t count, float
         const float absmax = block_absmax(w, block);
         const int64_t end = min_of(last, block_end);
         if (i & 1) {
-            *dst++ = decode(book, w.packed[i / 2] & 15, absmax);
+            *dst++ = decode(book, packed[i / 2] & 15, absmax);
             ++i;
         }
         for (; i + kWidth <= end; i += kWidth, dst += kWidth)
-            store(dst, decode_vec(table, book, w.packed + i / 2) * broadcast(absmax));
+            store(dst, decode_vec(table, book, packed + i / 2) * broadcast(absmax));
         for (; i < end; ++i)
-            *dst++ = decode(book, i & 1 ? w.packed[i / 2] & 15 : w.packed[i / 2] >> 4, absmax);
+            *dst++ = decode(book, i & 1 ? packed[i / 2] & 15 : packed[i / 2] >> 4, absmax);
     }
 }
 

@@ -95,15 +95,16 @@ NF4LORA_INLINE void run_micro_kernel(int64_t rows, const float *x, int64_t row_s
 }
 
 // P[k0 .. k0 + depth, n0 .. n0 + cols] as panels; columns beyond `cols` are zero.
-static void pack_panel(const Product &product, int64_t k0, int64_t depth, int64_t n0, int64_t cols, const Scratch &s) {
+static void pack_panel(const Product &product, int64_t k0, int64_t depth, int64_t n0, int64_t cols, const Scratch s) {
     if (product.p_stored == kAsUsed) {
         const int64_t padded = round_up(cols, kMicroCols);
         memset(s.lines + cols, 0, (padded - cols) * sizeof(float));
         for (int64_t k = 0; k < depth; ++k) {
             load_row(product.p, k0 + k, n0, cols, s.lines);
-            for (int64_t n = 0; n < padded; n += kMicroCols)
+            float *panel = s.panel + k * kMicroCols;
+            for (int64_t n = 0; n < padded; n += kMicroCols, panel += kMicroCols * s.block_k)
                 for (int j = 0; j < kMicroVecs; ++j)
-                    store(s.panel + n * s.block_k + k * kMicroCols + j * kWidth, load(s.lines + n + j * kWidth));
+                    store(panel + j * kWidth, load(s.lines + n + j * kWidth));
         }
         return;
     }

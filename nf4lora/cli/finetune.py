@@ -14,8 +14,8 @@ def _option(field: str, text: str, *names: str):
     user, demo = getattr(_USER, field), getattr(DEMO, field)
     if isinstance(user, tuple):
         user, demo = ",".join(user), ",".join(demo)
-    shown = f"{user}" if user == demo else f"{user}; demonstration: {demo}"
-    return typer.Option(*names, help=text, show_default=False if user is None and demo is None else shown)
+    shown = user if user == demo else f"{'none' if user is None else user}; demonstration: {demo}"
+    return typer.Option(*names, help=f"{text} [{shown}]", show_default=False)
 
 
 def finetune(

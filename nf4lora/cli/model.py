@@ -1,38 +1,48 @@
 """A user's model with NF4LoRALinears in it, and what a model weighs."""
 
-import os
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from torch import nn
 
 from ..nn import NF4Linear, replace_linears
 from .settings import Settings, UserError
 
 
-def load(settings: Settings, device: torch.device, compute: torch.dtype) -> tuple[nn.Module, Any]:
-    """The causal language model and tokenizer of --model, its linears in NF4 with adapters, all else frozen.
-
-    Raises: UserError for a folder that is missing or holds no model, unknown target modules, or a too long --seq-len.
-    """
-    from transformers import AutoModelForCausalLM, AutoTokenizer
+def load_tokenizer(settings: Settings) -> Any:
+    """The tokenizer of --model. Raises: UserError for a folder that is missing or holds none."""
+    from transformers import AutoTokenizer
 
     source = settings.model
-    looks_local = source.startswith((".", "/", "~")) or source.count("/") > 1 or os.sep == source[-1:]
-    if not Path(source).is_dir() and (looks_local or Path(source).exists()):
-        raise UserError(f"--model: no such folder: {source}; wanted a folder with config.json, weights and tokenizer, or a Hub id")
-    try:
-        # safetensors only: other weight files are pickles, which can run code
-        model = AutoModelForCausalLM.from_pretrained(source, dtype="auto", use_safetensors=True)
-        tokenizer = AutoTokenizer.from_pretrained(source)
-    except (OSError, ValueError) as error:
-        reason = str(error).strip().splitlines()[0]
-        raise UserError(f"--model: {source} cannot be loaded ({reason}); wanted a model folder or Hub id") from error
+    if not Path(source).is_dir() and (source.startswith((".", "/", "~")) or source.count("/") > 1 or Path(source).exists()):
+        raise UserError(f"--model: no such folder: {source}; wanted one with config.json, weights and tokenizer, or a Hub id")
+    return _loaded(source, AutoTokenizer.from_pretrained)
+
+
+def load_model(settings: Settings, device: torch.device, compute: torch.dtype) -> nn.Module:
+    """The causal language model of --model, its linears in NF4 with adapters, all else frozen.
+
+    Raises: UserError for a folder without a model, unknown target modules, or a --seq-len the model does not take.
+    """
+    from transformers import AutoModelForCausalLM
+
+    # safetensors only: other weight files are pickles, which can run code
+    model = _loaded(settings.model, AutoModelForCausalLM.from_pretrained, dtype="auto", use_safetensors=True)
     limit = getattr(model.config, "max_position_embeddings", None)
     if limit and settings.seq_len > limit:
-        raise UserError(f"--seq-len: found {settings.seq_len}, wanted at most {limit}, the longest {source} takes")
-    return prepare(model, settings, device, compute), tokenizer
+        raise UserError(f"--seq-len: found {settings.seq_len}, wanted at most {limit}, the longest {settings.model} takes")
+    return prepare(model, settings, device, compute)
+
+
+def _loaded(source: str, loader: Callable[..., Any], **kwargs: Any) -> Any:
+    try:
+        return loader(source, **kwargs)
+    except (OSError, ValueError, SafetensorError) as error:
+        reason = str(error).strip().split("\n")[0]
+        raise UserError(f"--model: {source} cannot be loaded ({reason}); wanted a model folder or a Hub id") from error
 
 
 def prepare(model: nn.Module, settings: Settings, device: torch.device, compute: torch.dtype) -> nn.Module:

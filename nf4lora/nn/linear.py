@@ -11,7 +11,7 @@ from ..codebook import NESTED_BLOCKSIZE
 from ..functional import dequantize_4bit, quantize_4bit
 from ..quant_state import QuantState, ceil_div
 
-_STATISTICS = ("weight_absmax", "weight_nested_absmax", "weight_nested_offset")
+_WEIGHT = ("weight", "weight_absmax", "weight_nested_absmax", "weight_nested_offset")
 
 
 class NF4Linear(nn.Linear):
@@ -35,6 +35,9 @@ class NF4Linear(nn.Linear):
     Raises: ValueError, TypeError naming the argument. On a real device the weight starts as `nn.Linear`'s does.
     """
 
+    # Loading any of the first names of a row takes the whole row.
+    _TOGETHER = ((_WEIGHT, ("bias",)),)
+
     def __init__(
         self, in_features: int, out_features: int, bias: bool = True, blocksize: int = 64, quant_type: str = "nf4",
         double_quant: bool = True, compute_dtype: torch.dtype | None = None, device: Any = None,
@@ -46,7 +49,7 @@ class NF4Linear(nn.Linear):
                 raise ValueError(f"{name}: found {size!r}, wanted a positive integer")
         checks.format(blocksize, quant_type)
         dtype = dtype or torch.get_default_dtype()
-        for name, value in (("compute_dtype", compute_dtype or dtype), ("dtype", dtype)):
+        for name, value in (("dtype", dtype), ("compute_dtype", compute_dtype or dtype)):
             if value not in checks.FLOATS:
                 raise TypeError(f"{name}: found {value}, wanted one of {checks.FLOATS}")
         self.in_features, self.out_features = in_features, out_features
@@ -101,13 +104,12 @@ class NF4Linear(nn.Linear):
         """
         if not isinstance(linear, nn.Linear) or isinstance(linear, NF4Linear) or not linear.weight.is_floating_point():
             raise TypeError(f"linear: found {type(linear).__name__}, wanted a torch.nn.Linear with a float weight")
-        weight = linear.weight.detach().to(device)
-        dtype = dtype or weight.dtype
+        weight = linear.weight.detach().to(device, dtype)
         has_bias = linear.bias is not None
-        layer = cls(linear.in_features, linear.out_features, bias=has_bias, device="meta", dtype=dtype, **kwargs)
+        layer = cls(linear.in_features, linear.out_features, bias=has_bias, device="meta", dtype=weight.dtype, **kwargs)
         layer.quantize_(weight)
         if has_bias:
-            layer._freeze("bias", linear.bias.detach().to(weight.device, dtype, copy=True))
+            layer._freeze("bias", linear.bias.detach().to(weight.device, weight.dtype, copy=True))
         return layer.train(linear.training)
 
     @property
@@ -140,7 +142,7 @@ class NF4Linear(nn.Linear):
         if self.weight.dtype != torch.uint8 or self.weight.is_meta and not x.is_meta:
             raise RuntimeError(f"{self} holds no 4-bit weight yet: call quantize_(weight), from_linear or load_state_dict")
         device = x.device.type
-        autocast = torch.is_autocast_enabled(device)
+        autocast = device != "meta" and torch.is_autocast_enabled(device)
         compute = torch.get_autocast_dtype(device) if autocast else self.compute_dtype or x.dtype
         lora_A, lora_B, seed, scaling, dropout_p = self._branch(x)
         y = autograd.linear(
@@ -149,16 +151,35 @@ class NF4Linear(nn.Linear):
         )  # fmt: skip
         return y if autocast else y.to(x.dtype)
 
+    def _format(self) -> dict[str, Any]:
+        """What the tensors of the state dict do not say; travels in its `_metadata`, which `torch.save` keeps."""
+        shape = [self.out_features, self.in_features]
+        return {"shape": shape, "blocksize": self.blocksize, "quant_type": self.quant_type}
+
+    def _save_to_state_dict(self, destination, prefix, keep_vars):
+        super()._save_to_state_dict(destination, prefix, keep_vars)
+        if metadata := getattr(destination, "_metadata", None):
+            metadata[prefix[:-1]]["nf4lora"] = self._format()
+
     def _load_from_state_dict(self, state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs):
-        """As `nn.Module`'s, but a weight comes whole and in its own dtypes or not at all, also with strict=False."""
-        pieces = {n: getattr(self, n) for n in ("weight", *_STATISTICS) if getattr(self, n, None) is not None}
-        found = {n: state_dict[prefix + n] for n in ("weight", *_STATISTICS) if prefix + n in state_dict}
-        wrong = [f"missing {prefix}{n}" for n in pieces if found and n not in found]
-        wrong += [f"unexpected {prefix}{n}" for n in found if n not in pieces]
-        for name in found.keys() & pieces.keys():
-            own, new = pieces[name], found[name]
-            if new.dtype != own.dtype or new.shape != own.shape:
-                wrong.append(f"{prefix}{name} is {new.dtype} {list(new.shape)}, wanted {own.dtype} {list(own.shape)}")
+        """As `nn.Module`'s, but what belongs together comes whole and in its own dtypes or not at all, also with strict=False."""
+        wrong = []
+        for needing, others in self._TOGETHER:
+            names = (*needing, *others)
+            if not any(prefix + n in state_dict for n in needing):
+                continue
+            for n in names:
+                own, new = getattr(self, n, None), state_dict.get(prefix + n)
+                if own is None or new is None:
+                    if own is not new:
+                        wrong.append(f"{'missing' if new is None else 'unexpected'} {prefix}{n}")
+                elif new.shape != own.shape or (
+                    new.dtype != own.dtype and not (new.is_floating_point() and own.is_floating_point())
+                ):
+                    wrong.append(f"{prefix}{n} is {new.dtype} {list(new.shape)}, wanted {own.dtype} {list(own.shape)}")
+        saved = local_metadata.get("nf4lora", self._format())
+        if prefix + "weight" in state_dict and saved != self._format():
+            wrong.append(f"{prefix}weight was saved from {saved}, wanted {self._format()}")
         if wrong:
             error_msgs.append(f"{self} (prefix {prefix!r}) was left as it is: {'; '.join(sorted(wrong))}")
             return

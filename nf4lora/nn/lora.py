@@ -2,6 +2,7 @@
 
 import math
 import warnings
+from numbers import Real
 from typing import Any
 
 import torch
@@ -25,6 +26,8 @@ class NF4LoRALinear(NF4Linear):
     Source: LoRA, arXiv:2106.09685; QLoRA, arXiv:2305.14314; rsLoRA, arXiv:2312.03732
     """
 
+    _TOGETHER = (*NF4Linear._TOGETHER, (("lora_A", "lora_B"), ()))
+
     def __init__(
         self, in_features: int, out_features: int, bias: bool = True, r: int = 16, lora_alpha: float = 32,
         lora_dropout: float = 0.0, blocksize: int = 64, quant_type: str = "nf4", double_quant: bool = True,
@@ -33,16 +36,16 @@ class NF4LoRALinear(NF4Linear):
     ) -> None:  # fmt: skip
         if type(r) is not int or r < 0:
             raise ValueError(f"r: found {r!r}, wanted an integer of 0 or more")
-        if not 0 < lora_alpha < math.inf:
+        if not isinstance(lora_alpha, Real) or not 0 < lora_alpha < math.inf:
             raise ValueError(f"lora_alpha: found {lora_alpha!r}, wanted a positive finite number")
-        if not 0 <= lora_dropout < 1:
+        if not isinstance(lora_dropout, Real) or not 0 <= lora_dropout < 1:
             raise ValueError(f"lora_dropout: found {lora_dropout!r}, wanted in [0, 1)")
         super().__init__(
             in_features, out_features, bias, blocksize, quant_type, double_quant, compute_dtype, device, dtype
         )
+        self.r, self.lora_alpha, self.lora_dropout, self.use_rslora = r, lora_alpha, lora_dropout, use_rslora
         if r > min(in_features, out_features):
             warnings.warn(f"r={r} is more than min(in_features, out_features) of {self}: no gain over that rank", stacklevel=2)
-        self.r, self.lora_alpha, self.lora_dropout, self.use_rslora = r, lora_alpha, lora_dropout, use_rslora
         self._reset_lora(self.weight.device)
 
     def _reset_lora(self, device: torch.device) -> None:
@@ -96,5 +99,7 @@ class NF4LoRALinear(NF4Linear):
         return dense.train(self.training)
 
     def extra_repr(self) -> str:
+        if "r" not in self.__dict__:
+            return super().extra_repr()
         scaled = f"r={self.r}, lora_alpha={self.lora_alpha}, lora_dropout={self.lora_dropout}, use_rslora={self.use_rslora}"
-        return f"{super().extra_repr()}, {scaled}" if hasattr(self, "r") else super().extra_repr()
+        return f"{super().extra_repr()}, {scaled}"

@@ -4,8 +4,10 @@ from collections import Counter
 from collections.abc import Iterable
 from typing import Any
 
+import torch
 from torch import nn
 
+from ..checks import FLOATS
 from ..functional import raise_not_finite
 from .linear import NF4Linear
 from .lora import NF4LoRALinear
@@ -27,9 +29,9 @@ def replace_linears(
         kwargs:         r, lora_alpha, lora_dropout, blocksize, …: those of `layer`
     Returns: `model`
     Raises:  ValueError, before anything is changed, for names that match no linear (listing those there are), weights
-             shared with another module, and NaN or Inf in a weight.
+             shared with another module, and NaN or Inf in a weight; TypeError likewise for other dtypes.
     """
-    linears = {name: m for name, m in model.named_modules() if isinstance(m, nn.Linear) and not isinstance(m, NF4Linear)}
+    linears = {name: m for name, m in model.named_modules(remove_duplicate=False) if _is_dense(m)}
     if "" in linears:
         raise ValueError(f"model: found a bare {type(model).__name__}; use {layer.__name__}.from_linear(linear)")
     exclude = [exclude] if isinstance(exclude, str) else list(exclude)
@@ -44,7 +46,7 @@ def replace_linears(
     chosen = [name for name in chosen if not any(_ends_with(name, e) for e in exclude)]
     if not chosen:
         raise ValueError(f"model: found no torch.nn.Linear to replace outside {exclude}")
-    _check_weights(model, {name: linears[name] for name in chosen})
+    _check_weights(model, {name: linears[name] for name in chosen}, kwargs.get("dtype"))
     for name in chosen:
         model.set_submodule(name, layer.from_linear(linears.pop(name), **kwargs))
     return model
@@ -54,12 +56,22 @@ def _ends_with(name: str, target: str) -> bool:
     return name == target or name.endswith("." + target)
 
 
-def _check_weights(model: nn.Module, linears: dict[str, nn.Linear]) -> None:
-    holders = Counter(id(p) for m in model.modules() for p in m.parameters(recurse=False))
+def _is_dense(m: nn.Module) -> bool:
+    # nn.MultiheadAttention reads the weight of its out_proj, which is of this class, and never calls it.
+    return isinstance(m, nn.Linear) and not isinstance(m, (NF4Linear, nn.modules.linear.NonDynamicallyQuantizableLinear))
+
+
+def _check_weights(model: nn.Module, linears: dict[str, nn.Linear], dtype: torch.dtype | None) -> None:
+    holders = Counter(id(p) for _, m in model.named_modules(remove_duplicate=False) for p in m.parameters(recurse=False))
     for name, linear in linears.items():
         if linear.weight.is_meta:
             raise ValueError(f"{name}: found its weight on the meta device; load the model before quantizing it")
         if holders[id(linear.weight)] > 1:
             raise ValueError(f"{name}: found its weight shared with another module, which would stay dense; exclude {name!r}")
-        if not linear.weight.isfinite().all():
-            raise_not_finite(f"{name}.weight", linear.weight)
+        weight = linear.weight.detach()
+        wanted = dtype or weight.dtype if weight.is_floating_point() else weight.dtype
+        if wanted not in FLOATS:
+            raise TypeError(f"{name}.weight: found {wanted}, wanted one of {FLOATS}; exclude {name!r} or give dtype=")
+        weight = weight.to(dtype=dtype)
+        if not weight.isfinite().all():
+            raise_not_finite(f"{name}.weight", weight)

@@ -1,0 +1,65 @@
+"""A bar with loss, tokens a second and memory, by rich, on stderr so that stdout holds only results."""
+
+import resource
+import sys
+import time
+from typing import Any
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+
+console = Console(stderr=True)
+
+
+class Bar:
+    """One stage of a run: `with Bar("QLoRA", steps) as bar: bar.update(step, loss=…, tokens_per_s=…, memory=…)`.
+
+    Where stderr is no terminal, a line every ten percent instead.
+    """
+
+    def __init__(self, name: str, steps: int, first: int = 0) -> None:
+        self._name, self._steps, self._lines = name, steps, not console.is_terminal
+        columns = (TextColumn(f"{name:<12}"), BarColumn(), MofNCompleteColumn(), TextColumn("{task.fields[text]}"))
+        self._progress = Progress(*columns, TimeElapsedColumn(), console=console, disable=self._lines)
+        self._task = self._progress.add_task(name, total=steps, completed=first, text="")
+
+    def __enter__(self) -> "Bar":
+        self._progress.start()
+        return self
+
+    def __exit__(self, *error: Any) -> None:
+        self._progress.stop()
+
+    def update(self, step: int, loss: float, tokens_per_s: float, memory: int) -> None:
+        text = f"loss {loss:.3f}  {tokens_per_s:,.0f} tokens/s  {memory / 2**20:,.0f} MiB"
+        self._progress.update(self._task, completed=step, text=text)
+        if self._lines and (step == self._steps or step % max(self._steps // 10, 1) == 0):
+            console.print(f"{self._name}: step {step}/{self._steps}  {text}", highlight=False)
+
+
+class Meter:
+    """Tokens a second over the time spent in `with meter:` blocks only."""
+
+    def __init__(self) -> None:
+        self.tokens, self.seconds = 0, 0.0
+
+    def __enter__(self) -> "Meter":
+        self._since = time.perf_counter()
+        return self
+
+    def __exit__(self, *error: Any) -> None:
+        self.seconds += time.perf_counter() - self._since
+
+    @property
+    def tokens_per_s(self) -> float:
+        return self.tokens / self.seconds if self.seconds else 0.0
+
+
+def memory_in_use(device: Any) -> int:
+    """Bytes: what torch has allocated on a GPU, or the most this process has had resident on a CPU."""
+    if device.type == "cuda":
+        import torch
+
+        return torch.cuda.memory_allocated(device)
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else peak * 1024

@@ -1,0 +1,68 @@
+"""Fixtures every test may ask for, and the figures that pytest prints at its end."""
+
+from collections import Counter
+
+import hypothesis
+import pytest
+import torch
+
+from nf4lora import backends, native
+
+hypothesis.settings.register_profile("nf4lora", deadline=None, derandomize=True, database=None, max_examples=40)
+hypothesis.settings.load_profile("nf4lora")
+
+BACKENDS = ("cpu", "reference")
+_FIGURES = pytest.StashKey[Counter]()
+
+
+def pytest_configure(config):
+    config.stash[_FIGURES] = Counter()
+
+
+@pytest.fixture(scope="session")
+def figures(pytestconfig) -> Counter:
+    """What the session counted, by sentence: `figures["elements compared"] += n`. Printed at the end."""
+    return pytestconfig.stash[_FIGURES]
+
+
+def pytest_terminal_summary(terminalreporter, config):
+    if counted := config.stash[_FIGURES]:
+        terminalreporter.section("figures")
+        for sentence in sorted(counted):
+            terminalreporter.line(f"{sentence}: {counted[sentence]:,}")
+
+
+@pytest.fixture(params=BACKENDS)
+def backend(request):
+    """Forces one back end for the test, each in turn. The host library must be there: absent is a failure, not a skip."""
+    if request.param == "cpu" and (why_not := native.library()[1]):
+        pytest.fail(why_not)
+    with backends.use_backend(request.param):
+        yield request.param
+
+
+@pytest.fixture
+def cpu():
+    """Forces the host library."""
+    if why_not := native.library()[1]:
+        pytest.fail(why_not)
+    with backends.use_backend("cpu"):
+        yield
+
+
+@pytest.fixture
+def one_thread():
+    """For many small products, where a second thread only waits."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+@pytest.fixture
+def bnb():
+    """bitsandbytes' functional API, without its torch.compile. (Its modules repack their weight in eval().)"""
+    import bitsandbytes.functional
+
+    with torch.compiler.set_stance("force_eager"):
+        yield bitsandbytes.functional
