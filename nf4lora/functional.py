@@ -1,5 +1,6 @@
 """The functions people know: quantize, dequantize and multiply 4-bit tensors, with bitsandbytes' names and bytes."""
 
+import math
 import warnings
 from typing import NamedTuple
 
@@ -150,8 +151,10 @@ def quantization_error(A: Tensor, packed: Tensor, quant_state: QuantState) -> Qu
     Returns: mean |A - decoded|; rms(A - decoded) / rms(A); and the largest relative error of an absmax
     (0 without double quantization), which one huge block can drive up for its 255 neighbours.
     """
+    if A.shape != quant_state.shape:
+        raise ValueError(f"A: found shape {tuple(A.shape)}, wanted {tuple(quant_state.shape)}, the quant_state's")
     difference = (A.double() - dequantize_4bit(packed, quant_state, torch.float32).double()).abs()
-    norm = A.double().square().mean().sqrt()
+    total, squares, norm = (t.sum().item() for t in (difference, difference.square(), A.double().square()))
     nested = 0.0
     if quant_state.nested:
         _, exact = reference.quantize(A, quant_state.blocksize, quant_state.quant_type)
@@ -164,7 +167,7 @@ def quantization_error(A: Tensor, packed: Tensor, quant_state: QuantState) -> Qu
                 "others; compress_statistics=False keeps them exact",
                 stacklevel=2,
             )
-    return QuantError(difference.mean().item(), (difference.square().mean().sqrt() / norm).item(), nested)
+    return QuantError(total / max(A.numel(), 1), math.sqrt(squares / (norm or squares or 1)), nested)
 
 
 def raise_not_finite(name: str, A: Tensor) -> None:

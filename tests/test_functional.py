@@ -189,3 +189,5 @@ def test_quantization_error_of_nothing_and_of_zeros():
         for nested in (False, True):
             error = quantization_error(A, *quantize_4bit(A, compress_statistics=nested))
             assert error == (0.0, 0.0, 0.0), error
+    with pytest.raises(ValueError, match=r"A: found shape \(100,\), wanted \(3, 100\)"):
+        quantization_error(A, *quantize_4bit(torch.randn(3, 100)))

@@ -12,6 +12,7 @@ from torch.nn.utils import parametrize
 from nf4lora import NF4Linear, NF4LoRALinear, QuantState, dequantize_4bit, ops, quantize_4bit
 from nf4lora.testing import assert_error_ratio
 
+pytestmark = pytest.mark.usefixtures("one_thread")
 FLOATS = (torch.float32, torch.bfloat16, torch.float16)
 WEIGHT = {"weight", "weight_absmax", "weight_nested_absmax", "weight_nested_offset"}
 
@@ -377,16 +378,16 @@ def test_peft_trains_on_nf4linear():
     model = peft.get_peft_model(model, peft.LoraConfig(r=4, target_modules="all-linear"))
     adapted = [m for m in model.modules() if isinstance(m, peft.tuners.lora.LoraLayer)]
     assert len(adapted) == 14 and all(type(m.get_base_layer()) is NF4Linear for m in adapted)
-    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=5e-2)
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-2)
     ids = torch.randint(61, (4, 16), generator=torch.Generator().manual_seed(0))
     losses = []
-    for _ in range(6):
+    for _ in range(10):
         loss = model(input_ids=ids, labels=ids).loss
         loss.backward()
         optimizer.step()
         optimizer.zero_grad()
         losses.append(loss.item())
-    assert losses[-1] < 0.9 * losses[0]
+    assert losses[-1] < 0.95 * losses[0], losses
     after = {n.replace(".base_layer", "").removeprefix("base_model.model."): v for n, v in state_bytes(model).items() if "lora" not in n}
     assert after == base
 

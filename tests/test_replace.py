@@ -10,6 +10,7 @@ from torch import nn
 
 from nf4lora import NF4Linear, NF4LoRALinear, replace_linears
 
+pytestmark = pytest.mark.usefixtures("one_thread")
 ATTENTION = ("q_proj", "k_proj", "v_proj", "o_proj")
 MLP = ("gate_proj", "up_proj", "down_proj")
 

@@ -17,7 +17,7 @@ const char *dequantize(const DequantizeParams &p) {
     const int64_t pieces = ceil_div(numel, kPiece);
     const int threads = static_cast<int>(max_of(1, min_of(p.threads, pieces)));
     (void)threads;  // unread where OpenMP is off
-#pragma omp parallel for num_threads(threads) schedule(static)
+    NF4LORA_OMP(omp parallel for num_threads(threads) schedule(static))
     for (int64_t piece = 0; piece < pieces; ++piece) {
         const int64_t first = piece * kPiece, count = min_of(kPiece, numel - first);
         if (p.dtype == kFloat32) {

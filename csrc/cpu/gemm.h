@@ -175,12 +175,12 @@ NF4LORA_INLINE const char *for_tiles(int64_t M, int64_t N, int64_t depth, const 
     float *memory = static_cast<float *>(aligned_alloc(64, team * floats * sizeof(float)));
     if (!memory)
         return kOutOfMemory;
-#pragma omp parallel num_threads(team)
+    NF4LORA_OMP(omp parallel num_threads(team))
     {
         float *own = memory + thread_number() * floats;
         const Scratch s = {own, own + tile_floats, own + tile_floats + x_floats,
                            own + tile_floats + x_floats + panel_floats, block.n, block.k};
-#pragma omp for schedule(dynamic)
+        NF4LORA_OMP(omp for schedule(dynamic))
         for (int64_t t = 0; t < tiles_m * tiles_n; ++t) {
             const int64_t m0 = t % tiles_m * block.m, n0 = t / tiles_m * min_of(config.block_n, N);
             const int64_t rows = min_of(block.m, M - m0), cols = min_of(min_of(config.block_n, N), N - n0);

@@ -77,7 +77,7 @@ const char *quantize(const QuantizeParams &p) {
     const int64_t nblocks = ceil_div(p.numel, p.blocksize);
     const int threads = static_cast<int>(max_of(1, min_of(p.threads, nblocks)));
     (void)threads;  // unread where OpenMP is off
-#pragma omp parallel for num_threads(threads) schedule(static)
+    NF4LORA_OMP(omp parallel for num_threads(threads) schedule(static))
     for (int64_t block = 0; block < nblocks; ++block)
         quantize_block(p, book, block);
     return nullptr;

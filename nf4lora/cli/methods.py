@@ -13,7 +13,6 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
-from transformers.utils import logging
 
 from ..hf.adapter import save_adapter
 from . import corpus
@@ -148,8 +147,7 @@ def main(method: str, settings: Settings) -> None:
         def emit(event: dict[str, Any]) -> None:
             print(json.dumps(event), file=events, flush=True)
 
-        logging.set_verbosity_error()
-        logging.disable_progress_bar()
+        models.quiet_transformers()
         try:
             emit({"result": pretrain(settings, emit) if method == "pretrain" else tune(method, settings, emit)})
         except (UserError, RunFailed) as error:

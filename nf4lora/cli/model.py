@@ -16,6 +16,7 @@ def load_tokenizer(settings: Settings) -> Any:
     """The tokenizer of --model. Raises: UserError for a folder that is missing or holds none."""
     from transformers import AutoTokenizer
 
+    quiet_transformers()
     source = settings.model
     if not Path(source).is_dir() and (source.startswith((".", "/", "~")) or source.count("/") > 1 or Path(source).exists()):
         raise UserError(f"--model: no such folder: {source}; wanted one with config.json, weights and tokenizer, or a Hub id")
@@ -45,6 +46,14 @@ def _loaded(source: str, loader: Callable[..., Any], **kwargs: Any) -> Any:
         raise UserError(f"--model: {source} cannot be loaded ({reason}); wanted a model folder or a Hub id") from error
 
 
+def quiet_transformers() -> None:
+    """No bars and warnings of transformers among the command's own lines."""
+    from transformers.utils import logging
+
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+
+
 def prepare(model: nn.Module, settings: Settings, device: torch.device, compute: torch.dtype) -> nn.Module:
     """Put NF4LoRALinears in, freeze all but the adapters, cast what stays dense to `compute`. Raises: UserError."""
     torch.manual_seed(settings.seed)
@@ -55,7 +64,10 @@ def prepare(model: nn.Module, settings: Settings, device: torch.device, compute:
             model, list(settings.target_modules), r=settings.r, lora_alpha=settings.alpha, lora_dropout=settings.dropout
         )
     except ValueError as error:
-        raise UserError(f"--target-modules: {error}") from error
+        option, text = "--model", str(error)
+        if text.startswith("target_modules: "):
+            option, text = "--target-modules", text.removeprefix("target_modules: ")
+        raise UserError(f"{option}: {text}") from error
     adapters = {id(p) for p in model.parameters() if p.requires_grad}
     for parameter in model.parameters():
         if parameter.is_floating_point() and id(parameter) not in adapters:

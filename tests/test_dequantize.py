@@ -1,0 +1,97 @@
+"""dequantize: `round(code * absmax)`, bit-exact on every back end, for every byte, scale, dtype and shape."""
+
+import numpy as np
+import pytest
+import torch
+
+from nf4lora import dequantize_4bit, ops, quantize_4bit, reference
+from nf4lora.codebook import BLOCKSIZES, QUANT_TYPES, codebook
+from nf4lora.functional import dequantize_fp4, dequantize_nf4, quantize_fp4, quantize_nf4
+
+FLOATS = (torch.float32, torch.bfloat16, torch.float16)
+SCALES = [0.0, 1e-45, 1e-40, 1.1754944e-38, 1e-38, 1e-30, 6e-8, 3e-5, 0.0170898, 1 / 3, 1.0, 7.7, 65519.0, 65520.0, 1e30, 3.4e38, torch.inf]
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+
+
+def same_bits(a, b):
+    if a.is_floating_point():
+        a, b = (torch.where(t.isnan(), torch.full_like(t, torch.nan), t) for t in (a, b))
+    return a.dtype == b.dtype and a.shape == b.shape and torch.equal(a.view(torch.uint8), b.view(torch.uint8))
+
+
+@pytest.mark.parametrize("dtype", FLOATS, ids=str)
+@pytest.mark.parametrize("quant_type", QUANT_TYPES)
+def test_every_byte_under_every_scale(backend, quant_type, dtype):
+    # The expected values from numpy: one float32 product, one rounding
+    scales = torch.tensor(SCALES + np.random.default_rng(0).standard_normal(200).astype(np.float32).tolist())
+    packed = torch.arange(256).to(torch.uint8).repeat(len(scales)).unsqueeze(1)
+    book = codebook(quant_type).numpy()
+    byte = np.tile(np.arange(256), len(scales))
+    with np.errstate(all="ignore"):
+        products = np.stack([book[byte >> 4], book[byte & 15]], -1).reshape(-1) * np.repeat(scales.numpy(), 512)
+    wanted = torch.from_numpy(products).to(dtype)
+    found = ops.dequantize(packed, scales, None, None, [len(scales), 512], 512, quant_type, dtype)
+    assert same_bits(found.reshape(-1), wanted)
+
+
+def test_zero_blocks_decode_to_plus_zero(backend):
+    for quant_type in QUANT_TYPES:
+        for nested in (False, True):
+            packed, state = quantize_4bit(torch.zeros(3, 50), compress_statistics=nested, quant_type=quant_type)
+            assert bool((dequantize_4bit(packed, state).view(torch.int32) == 0).all())
+
+
+@pytest.mark.parametrize("dtype", FLOATS, ids=str)
+@pytest.mark.parametrize("nested", [False, True])
+def test_bits_equal_the_reference_over_shapes(cpu, nested, dtype):
+    g = torch.Generator().manual_seed(0)
+    for quant_type in QUANT_TYPES:
+        for blocksize in BLOCKSIZES:
+            for shape in ((0,), (1,), (2,), (31,), (257,), (3, 85), (blocksize + 1,), (5, blocksize - 1), (2, 3, 1001), (40_003,)):
+                packed, state = quantize_4bit(torch.randn(shape, generator=g) * 0.05, blocksize, nested, quant_type)
+                args = packed, state.absmax, state.nested_absmax, state.offset, list(shape), blocksize, quant_type, dtype
+                assert same_bits(ops.dequantize(*args), reference.dequantize(*args)), (shape, blocksize, quant_type)
+
+
+def test_every_nested_code_is_two_roundings(backend):
+    # code * scale, then + offset: an fma would round once and give other bits for many of these
+    g = torch.Generator().manual_seed(0)
+    absmax = torch.arange(256).to(torch.uint8).repeat(64)
+    nested_absmax, offset = torch.rand(64, generator=g) * 0.1, torch.rand((), generator=g)
+    packed = torch.full((len(absmax) * 16, 1), 0xFF, dtype=torch.uint8)  # every element 1.0 * absmax
+    found = ops.dequantize(packed, absmax, nested_absmax, offset, [len(absmax), 32], 32, "nf4", torch.float32)
+    scaled = codebook("dynamic").numpy()[absmax.numpy()] * nested_absmax.numpy().repeat(256)
+    wanted = torch.from_numpy(scaled + offset.numpy())
+    once = (codebook("dynamic").double()[absmax.long()] * nested_absmax.double().repeat_interleave(256) + offset.double()).float()
+    assert same_bits(found, wanted[:, None].expand(-1, 32).contiguous()) and not torch.equal(wanted, once)
+
+
+def test_threads_and_alignment_do_not_change_the_bits(cpu):
+    packed, state = quantize_4bit(torch.randn(999, 333), compress_statistics=True)
+    wanted = dequantize_4bit(packed, state)
+    torch.set_num_threads(2)
+    assert same_bits(dequantize_4bit(packed, state), wanted)
+    for start in range(1, 16):
+        shifted = torch.full((len(packed) + 32,), 0xA5, dtype=torch.uint8)[start : start + len(packed)].unsqueeze(1).copy_(packed)
+        assert same_bits(dequantize_4bit(shifted, state), wanted)
+
+
+def test_float64_is_the_references_alone(backend):
+    packed, state = quantize_4bit(torch.randn(4, 64))
+    if backend == "reference":
+        w = dequantize_4bit(packed, state, torch.float64)
+        assert torch.equal(w.float(), dequantize_4bit(packed, state, torch.float32))
+    else:
+        with pytest.raises(TypeError, match="float64"):
+            dequantize_4bit(packed, state, torch.float64)
+
+
+def test_named_functions(backend):
+    a = torch.randn(10, 64)
+    for quantize, dequantize, other, name in ((quantize_nf4, dequantize_nf4, dequantize_fp4, "nf4"), (quantize_fp4, dequantize_fp4, dequantize_nf4, "fp4")):
+        packed, state = quantize(a, 32, True)
+        assert state == quantize_4bit(a, 32, True, name)[1] and state.quant_type == name
+        assert torch.equal(dequantize(packed, state), dequantize_4bit(packed, state))
+        with pytest.raises(ValueError, match="quant_type"):
+            other(packed, state)
