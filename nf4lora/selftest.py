@@ -1,12 +1,12 @@
-"""`python -m nf4lora.selftest`: are the kernels right on this machine? About ten seconds, core dependencies only.
+"""`python -m nf4lora.selftest [BACKEND …]`: are the kernels right on this machine? Seconds; core dependencies only.
 
-Every back end that can run here, on every kind of device it serves: the bytes of quantize and dequantize against the
+Every back end that can run here (or those named), on every kind of device it serves: the bytes of quantize and dequantize against the
 reference, exact cases (T1) and the error ratio (T2) of `nf4lora.testing`. Prints a table; exit status 1 on a failure.
 """
 
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 
 import torch
 
@@ -80,13 +80,15 @@ CHECKS: dict[str, tuple[Callable[[torch.dtype, str], int], bool]] = {
 }
 
 
-def run() -> Iterator[tuple[str, str, str, str, str | None]]:
+def run(names: Sequence[str]) -> Iterator[tuple[str, str, str, str, str | None]]:
     """Yields device, back end, dtype, what was checked, and the failure or None.
 
     A back end may be absent, except the host library, which every installation has.
     """
     threads = torch.get_num_threads()
     for device, backend, why_not in backends.report():
+        if backend not in names:
+            continue
         if why_not:
             yield device, backend, "", f"absent: {why_not}", "wanted in every installation" if backend == "cpu" else None
             continue
@@ -104,10 +106,13 @@ def run() -> Iterator[tuple[str, str, str, str, str | None]]:
                 yield device, backend, str(dtype).removeprefix("torch."), checked, failure
 
 
-def main() -> int:
+def main(names: Sequence[str]) -> int:
+    if unknown := set(names) - set(backends.names()):
+        print(f"no such back end: {sorted(unknown)}; wanted some of {backends.names()}", file=sys.stderr)
+        return 2
     start, failures = time.perf_counter(), 0
     print(f"torch {torch.__version__}, {torch.get_num_threads()} threads, host kernels: {native.isa() or 'absent'}")
-    for device, backend, dtype, checked, failure in run():
+    for device, backend, dtype, checked, failure in run(names or backends.names()):
         failures += failure is not None
         verdict = "FAILED" if failure else "ok" if dtype else ""
         print(f"{device:5} {backend:10} {dtype:9} {verdict:7} {checked}{': ' + failure if failure else ''}", flush=True)
@@ -116,4 +121,4 @@ def main() -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(main(sys.argv[1:]))

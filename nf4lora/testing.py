@@ -100,7 +100,7 @@ def assert_error_ratio(result: Tensor, baseline: Tensor, truth: Tensor, name: st
 def ulp(value: float, dtype: torch.dtype) -> float:
     """Distance of the neighbouring numbers of `dtype` at magnitude `value`."""
     info = torch.finfo(dtype)
-    return max(math.ldexp(info.eps, math.frexp(value)[1] - 1), info.smallest_normal * info.eps)
+    return info.eps * max(math.ldexp(0.5, math.frexp(value)[1]) if value else 0.0, info.smallest_normal)
 
 
 def _tiles(v: Tensor, height: int, width: int) -> Tensor:

@@ -1,12 +1,16 @@
 """Fixtures every test may ask for, and the figures that pytest prints at its end."""
 
+import os
 from collections import Counter
 
-import hypothesis
-import pytest
-import torch
+# Before torch loads OpenMP: on a busy machine, threads that spin while they wait take the time of those that work.
+os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 
-from nf4lora import backends, native
+import hypothesis  # noqa: E402
+import pytest  # noqa: E402
+import torch  # noqa: E402
+
+from nf4lora import backends, native  # noqa: E402
 
 hypothesis.settings.register_profile("nf4lora", deadline=None, derandomize=True, database=None, max_examples=40)
 hypothesis.settings.load_profile("nf4lora")

@@ -136,7 +136,7 @@ def test_row36_gradient_checkpointing_changes_no_bit(model, data, tmp_path, fine
 
 def test_row28_ctrl_c_saves_and_resumes(model, data, tmp_path, finetune):
     output = tmp_path / "out"
-    command = [sys.executable, "-m", "nf4lora.cli", *arguments(model, data, output, max_steps=400, save_steps=3)]
+    command = [sys.executable, "-m", "nf4lora.cli", *arguments(model, data, output, max_steps=120, save_steps=3)]
     with subprocess.Popen(command, env=ENVIRONMENT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
         until = time.monotonic() + 120
         while not list(output.glob("checkpoint-*")):
@@ -145,12 +145,12 @@ def test_row28_ctrl_c_saves_and_resumes(model, data, tmp_path, finetune):
         process.send_signal(signal.SIGINT)
         out, err = process.communicate(timeout=120)
     assert process.returncode == 130 and out == "" and "Traceback" not in err, err
-    told = re.search(r"stopped: after step (\d+) of 400; .*checkpoint-(\d+) is saved; the same command with --resume goes on", err)
+    told = re.search(r"stopped: after step (\d+) of 120; .*checkpoint-(\d+) is saved; the same command with --resume goes on", err)
     assert told and told[1] == told[2] and latest(output).name == f"checkpoint-{told[1]}"
     stopped = int(told[1])
-    assert 3 <= stopped < 400
-    resumed = finetune(model, data, output, "--resume", max_steps=400, save_steps=400)
-    straight = finetune(model, data, tmp_path / "straight", max_steps=400, save_steps=400)
+    assert 3 <= stopped < 120
+    resumed = finetune(model, data, output, "--resume", max_steps=120, save_steps=120)
+    straight = finetune(model, data, tmp_path / "straight", max_steps=120, save_steps=120)
     assert resumed["losses"] == straight["losses"]
 
 

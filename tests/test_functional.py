@@ -7,9 +7,7 @@ import torch
 
 import nf4lora
 from nf4lora import QuantState, dequantize_4bit, linear_4bit, quantize_4bit
-from nf4lora.functional import (
-    dequantize_fp4, dequantize_nf4, quantization_error, quantize_fp4, quantize_nf4,
-)  # fmt: skip
+from nf4lora.functional import dequantize_fp4, dequantize_nf4, quantization_error, quantize_fp4, quantize_nf4
 from nf4lora.testing import assert_error_ratio
 
 FLOATS = (torch.float32, torch.bfloat16, torch.float16)
@@ -102,8 +100,8 @@ def test_strides(dtype, nested):
     base = torch.randn(60, 70, 4).to(dtype)
     views = [
         base.transpose(0, 1), base[::2], base[:, 3:40:3], base[..., 1], base.permute(2, 1, 0)[1:3], base[:1].expand(9, 70, 4),
-        base[0, 0, :1].expand(100, 3), base[5:, 5:, 1:], torch._neg_view(base), base.to(torch.float32).to(dtype).t_() if base.ndim == 2
-        else base.flip(0), base.unfold(0, 8, 3), torch.as_strided(base, (50, 50), (3, 7), 11),
+        base[0, 0, :1].expand(100, 3), base[5:, 5:, 1:], torch._neg_view(base),
+        base.flip(0), base.unfold(0, 8, 3), torch.as_strided(base, (50, 50), (3, 7), 11),
     ]  # fmt: skip
     for view in views:
         before = view.clone(memory_format=torch.contiguous_format)
@@ -121,7 +119,7 @@ def test_storage(storage, nested):
     assert torch.equal(stored.view(-1).view(torch.uint8), packed.view(-1))
     for form in (stored, stored.view(-1), stored.view(1, -1), stored.view(2, -1), torch.nn.Parameter(stored, requires_grad=False)):
         assert torch.equal(dequantize_4bit(form, state), dequantize_4bit(packed, state))
-    assert same(quantize_4bit(A[:0], 64, nested, quant_storage=storage)[:0] or (packed, state), (packed, state))
+    assert quantize_4bit(A[:0], 64, nested, quant_storage=storage)[0].shape == (0, 1)
 
 
 def test_a_call_changes_nothing_and_remembers_nothing():

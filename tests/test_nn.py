@@ -327,6 +327,32 @@ def test_no_backward_ops_without_need(monkeypatch):
     assert torch.equal(layer.bias.grad, torch.full((40,), 3.0))
 
 
+@pytest.mark.parametrize("M", [5, 300])
+@pytest.mark.parametrize("dtype", FLOATS)
+def test_nan_and_inf_stay_in_their_row(dtype, M):
+    layer, x = make(), torch.randn(M, 96).to(dtype)
+    clean = layer(x)
+    x[1, 3], x[4, 95] = math.nan, math.inf
+    y = layer(x)
+    assert not y[[1, 4]].isfinite().any()
+    others = [i for i in range(M) if i not in (1, 4)]
+    assert torch.equal(y[others], clean[others])
+
+
+@pytest.mark.parametrize("M", [3, 64])
+def test_adapter_of_any_strides(M):
+    layer, x = make(), torch.randn(M, 96)
+    strided = copy.deepcopy(layer)
+    strided.lora_A = nn.Parameter(layer.lora_A.detach().T.contiguous().T)
+    strided.lora_B = nn.Parameter(layer.lora_B.detach().T.contiguous().T)
+    for own in (layer, strided):
+        own(x).square().sum().backward()
+    for name in ("lora_A", "lora_B"):
+        assert not getattr(strided, name).is_contiguous()
+        torch.testing.assert_close(getattr(strided, name).grad, getattr(layer, name).grad)
+    torch.testing.assert_close(strided(x), layer(x))
+
+
 def test_no_grad_and_inference_mode():
     layer, x = make(), torch.randn(3, 96)
     wanted = layer(x).detach()

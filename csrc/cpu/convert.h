@@ -78,7 +78,8 @@ NF4LORA_INLINE float load_element(const void *src, int32_t dtype, int64_t i) {
     return v;
 }
 
-NF4LORA_INLINE void store_elements(void *dst, int32_t dtype, int64_t first, int64_t count, const float *__restrict src) {
+NF4LORA_INLINE void store_elements(void *dst, int32_t dtype, int64_t first, int64_t count,
+                                   const float *__restrict src) {
     if (dtype == kFloat32) {
         memcpy(static_cast<float *>(dst) + first, src, count * sizeof(float));
         return;

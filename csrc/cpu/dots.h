@@ -10,7 +10,8 @@ constexpr int kDotRows = 4;
 constexpr int64_t kDotSpan = kPartial * kMicroCols;
 
 template <int kRowCount>
-static void dot_kernel(const float *x, int64_t row_stride, const float *line, int64_t depth, float *c, int64_t c_stride) {
+static void dot_kernel(const float *x, int64_t row_stride, const float *line, int64_t depth, float *c,
+                       int64_t c_stride) {
     for (int64_t left = depth; left > 0; left -= kDotSpan) {
         Vec acc[kRowCount][kMicroVecs] = {};
         for (int64_t k = min_of(left, kDotSpan); k > 0; k -= kMicroCols, x += kMicroCols, line += kMicroCols) {
@@ -40,20 +41,20 @@ NF4LORA_INLINE void run_dot_kernel(int64_t rows, const float *x, int64_t row_str
         run_dot_kernel<kRowCount - 1>(rows, x, row_stride, line, depth, c, c_stride);
 }
 
-// tile[rows, cols] += product over [m0 .. m0 + rows, n0 .. n0 + cols], for an x as used and a transposed p
-static void accumulate_dots(const Product &product, int64_t m0, int64_t rows, int64_t n0, int64_t cols, const Scratch &s) {
+// tile += the area's part of the product, for an x as used and a transposed p
+static void accumulate_dots(const Product &product, const Area &area, const Scratch &s) {
     const int64_t row_stride = s.block_k + kPad;
     for (int64_t k0 = 0; k0 < product.depth; k0 += s.block_k) {
         const int64_t depth = min_of(s.block_k, product.depth - k0), padded = round_up(depth, kMicroCols);
-        for (int64_t m = 0; m < rows; ++m) {
-            load_row(product.x, m0 + m, k0, depth, s.x + m * row_stride);
+        for (int64_t m = 0; m < area.rows; ++m) {
+            load_row(product.x, area.m0 + m, k0, depth, s.x + m * row_stride);
             memset(s.x + m * row_stride + depth, 0, (padded - depth) * sizeof(float));
         }
         memset(s.lines + depth, 0, (padded - depth) * sizeof(float));
-        for (int64_t n = 0; n < cols; ++n) {
-            load_row(product.p, n0 + n, k0, depth, s.lines);
-            for (int64_t m = 0; m < rows; m += kDotRows)
-                run_dot_kernel(rows - m, s.x + m * row_stride, row_stride, s.lines, padded,
+        for (int64_t n = 0; n < area.cols; ++n) {
+            load_row(product.p, area.n0 + n, k0, depth, s.lines);
+            for (int64_t m = 0; m < area.rows; m += kDotRows)
+                run_dot_kernel(area.rows - m, s.x + m * row_stride, row_stride, s.lines, padded,
                                s.tile + m * s.tile_stride + n, s.tile_stride);
         }
     }

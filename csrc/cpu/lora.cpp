@@ -13,18 +13,18 @@ namespace NF4LORA_ISA {
 // out [M, N] = factor * product
 static const char *scaled_product(const Product &product, int64_t M, int64_t N, float factor, void *out, int32_t dtype,
                                   const LinearConfig &config) {
-    return for_tiles(M, N, product.depth, config, [&](const Scratch &s, int64_t m0, int64_t rows, int64_t n0, int64_t cols) {
-        accumulate(product, m0, rows, n0, cols, s);
-        scale_tile(s, rows, factor);
-        store_tile(s, m0, rows, n0, cols, out, dtype, N);
+    return for_tiles(M, N, product.depth, true, config, [&](const Scratch &s, const Area &area) {
+        accumulate(product, area, s);
+        scale_tile(s, area, factor);
+        store_tile(s, area, out, dtype, N);
     });
 }
 
 const char *lora_bwd(const LoraBwdParams &p) {
     const DropoutMask mask = dropout_mask(p.dropout);
     const Matrix dy = dense(p.dy, p.dtype, p.N), dyb = dense(p.dyb, p.dtype, p.r);
-    const char *error = scaled_product({dy, kAsUsed, dense(p.lora_B, p.B_dtype, p.r), kAsUsed, p.N}, p.M, p.r, p.scaling,
-                                       p.dyb, p.dtype, p.config);
+    const char *error = scaled_product({dy, kAsUsed, dense(p.lora_B, p.B_dtype, p.r), kAsUsed, p.N}, p.M, p.r,
+                                       p.scaling, p.dyb, p.dtype, p.config);
     if (!error && p.dB)
         error = scaled_product({dy, kTransposed, dense(p.xa, p.dtype, p.r), kAsUsed, p.M}, p.N, p.r, p.scaling, p.dB,
                                p.B_dtype, p.config);

@@ -15,7 +15,9 @@ struct Matrix {
     const Weight *weight;     // read where data is null
 };
 
-NF4LORA_INLINE Matrix dense(const void *data, int32_t dtype, int64_t cols) { return {data, dtype, cols, nullptr, nullptr}; }
+NF4LORA_INLINE Matrix dense(const void *data, int32_t dtype, int64_t cols) {
+    return {data, dtype, cols, nullptr, nullptr};
+}
 
 NF4LORA_INLINE Matrix dropped(const void *data, int32_t dtype, int64_t cols, const DropoutMask &mask) {
     return {data, dtype, cols, mask.active ? &mask : nullptr, nullptr};

@@ -2,8 +2,7 @@
 // zeros; output word i % 4 belongs to flat index i of the [M, K] input. Kept where (word >> 8) >= ceil(p * 2^24), and
 // then multiplied by the fp32 1 / (1 - p).
 #pragma once
-#include "../params.h"
-#include "simd.h"
+#include "convert.h"
 
 namespace nf4lora {
 namespace NF4LORA_ISA {
@@ -29,39 +28,43 @@ static DropoutMask dropout_mask(const Dropout &dropout) {
 
 constexpr int kPhiloxLanes = 16;
 
-// The words of counters [first, first + kPhiloxLanes), by word then counter.
+// The words of counters [first, first + kPhiloxLanes), by word then counter. Lanes outside, rounds unrolled inside: the
+// compiler then vectorizes over the lanes.
 static void philox(const uint32_t (&seed)[2], uint64_t first, uint32_t (&words)[4][kPhiloxLanes]) {
     constexpr uint32_t kMul0 = 0xD2511F53, kMul1 = 0xCD9E8D57, kWeyl0 = 0x9E3779B9, kWeyl1 = 0xBB67AE85;
-    for (int l = 0; l < kPhiloxLanes; ++l) {
-        words[0][l] = static_cast<uint32_t>(first + l);
-        words[1][l] = static_cast<uint32_t>((first + l) >> 32);
-        words[2][l] = words[3][l] = 0;
-    }
-    uint32_t key0 = seed[0], key1 = seed[1];
-    for (int round = 0; round < 10; ++round, key0 += kWeyl0, key1 += kWeyl1)
-        for (int l = 0; l < kPhiloxLanes; ++l) {
-            const uint64_t p0 = static_cast<uint64_t>(kMul0) * words[0][l];
-            const uint64_t p1 = static_cast<uint64_t>(kMul1) * words[2][l];
-            words[0][l] = static_cast<uint32_t>(p1 >> 32) ^ words[1][l] ^ key0;
-            words[1][l] = static_cast<uint32_t>(p1);
-            words[2][l] = static_cast<uint32_t>(p0 >> 32) ^ words[3][l] ^ key1;
-            words[3][l] = static_cast<uint32_t>(p0);
+    const uint32_t low = static_cast<uint32_t>(first), high = static_cast<uint32_t>(first >> 32);
+    const uint32_t key0 = seed[0], key1 = seed[1];
+    for (uint32_t l = 0; l < kPhiloxLanes; ++l) {
+        uint32_t c0 = low + l, c1 = high + (c0 < low), c2 = 0, c3 = 0;
+        NF4LORA_UNROLL
+        for (uint32_t round = 0; round < 10; ++round) {
+            const uint64_t p0 = static_cast<uint64_t>(kMul0) * c0, p1 = static_cast<uint64_t>(kMul1) * c2;
+            c0 = static_cast<uint32_t>(p1 >> 32) ^ c1 ^ (key0 + round * kWeyl0);
+            c1 = static_cast<uint32_t>(p1);
+            c2 = static_cast<uint32_t>(p0 >> 32) ^ c3 ^ (key1 + round * kWeyl1);
+            c3 = static_cast<uint32_t>(p0);
         }
+        words[0][l] = c0;
+        words[1][l] = c1;
+        words[2][l] = c2;
+        words[3][l] = c3;
+    }
 }
 
 // Applies the mask to `count` values that stand at flat indices first, first + 1, ...
-static void apply_dropout(const DropoutMask &mask, int64_t first, int64_t count, float *__restrict values) {
+static void apply_dropout(const DropoutMask &mask, int64_t first, int64_t count, float *values) {
     constexpr int64_t kSpan = 4 * kPhiloxLanes;
     for (int64_t base = first / 4 * 4; base < first + count; base += kSpan) {
-        uint32_t words[4][kPhiloxLanes];
+        uint32_t words[4][kPhiloxLanes], word[kSpan];
         philox(mask.key, static_cast<uint64_t>(base) / 4, words);
-        float factor[kSpan];
         for (int l = 0; l < kPhiloxLanes; ++l)
-            for (int word = 0; word < 4; ++word)
-                factor[4 * l + word] = (words[word][l] >> 8) >= mask.threshold ? mask.scale : 0.0f;
+            for (int w = 0; w < 4; ++w)
+                word[4 * l + w] = words[w][l];
         const int64_t begin = max_of(base, first), end = min_of(base + kSpan, first + count);
-        for (int64_t i = begin; i < end; ++i)
-            values[i - first] = factor[i - base] != 0.0f ? values[i - first] * factor[i - base] : 0.0f;
+        for (int64_t i = begin; i < end; ++i) {
+            const float scaled = values[i - first] * mask.scale;
+            values[i - first] = float_of(select(word[i - base] >> 8 >= mask.threshold, bits_of(scaled), 0));
+        }
     }
 }
 

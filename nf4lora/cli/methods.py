@@ -29,6 +29,7 @@ MODEL = dict(
 )  # fmt: skip
 PRETRAIN = dict(lr=2e-3, max_steps=700, batch_size=4, grad_accum=1, seq_len=128, max_grad_norm=1.0)
 EVALUATIONS = 6
+FULL_RATE = 0.25  # of --lr: with every weight moving, the rate that suits adapters is too high
 
 
 class Bf16Linear(nn.Linear):
@@ -100,6 +101,8 @@ def pretrain(settings: Settings, emit: Any) -> dict[str, Any]:
 def tune(method: str, settings: Settings, emit: Any) -> dict[str, Any]:
     """Fine-tune the base on prose by one method. Returns its row of the table and its curves."""
     where = device()
+    if method == "full":
+        settings = replace(settings, lr=settings.lr * FULL_RATE)
     compute, why = compute_dtype(where, settings.compute_dtype)
     trained, held_out = corpus.prose(settings.seq_len)
     model = BUILD[method](Path(settings.output) / "base", settings, compute).to(where)
@@ -118,7 +121,7 @@ def tune(method: str, settings: Settings, emit: Any) -> dict[str, Any]:
         save_adapter(model, Path(settings.output) / "adapter", str(Path(settings.output) / "base"))
     losses, weights, optimizer = list(run.losses), models.weight_bytes(model), models.optimizer_bytes(run.optimizer)
     return {
-        "before": curve[0][1], "after": curve[-1][1], "curve": curve, "losses": losses,
+        "before": curve[0][1], "lr": settings.lr, "after": curve[-1][1], "curve": curve, "losses": losses,
         "trainable_parameters": sum(p.numel() for p in model.parameters() if p.requires_grad),
         "weight_bytes": weights, "optimizer_bytes": optimizer,
         "peak_bytes": peak_bytes(lambda: train_step(run), where, weights + optimizer),

@@ -12,14 +12,15 @@ _STORED = {"full": "float32", "lora": "bfloat16", "qlora": "NF4 + double quant."
 
 COLUMNS = (
     ("model", "name", str),
-    ("held-out loss before", "before", "{:.4f}".format),
+    ("before", "before", "{:.4f}".format),
     ("after", "after", "{:.4f}".format),
     ("change", "change", "{:+.1%}".format),
-    ("trainable parameters", "trainable_parameters", "{:,}".format),
+    ("trainable", "trainable_parameters", "{:,}".format),
     ("weights, bytes", "weight_bytes", "{:,}".format),
     ("optimizer, bytes", "optimizer_bytes", "{:,}".format),
     ("peak, bytes", "peak_bytes", "{:,}".format),
     ("tokens/s", "tokens_per_s", "{:,.0f}".format),
+    ("lr", "lr", "{:g}".format),
     ("linears kept in", "stored", str),
     ("computed in", "compute_dtype", str),
 )
@@ -41,7 +42,7 @@ def rows(runs: dict[str, dict[str, Any]]) -> list[dict[str, Any]]:
 
 def rich_table(report: dict[str, Any]) -> None:
     """Print the table on stdout."""
-    table = Table(title="Fine-tuning on prose, held out: nats a byte")
+    table = Table(title="Fine-tuning on prose: held-out loss in nats a byte, before and after")
     for title, _, kind in COLUMNS:
         table.add_column(title, justify="left" if kind is str else "right")
     for row in report["rows"]:

@@ -1,0 +1,146 @@
+"""The C ABI: the ctypes structs are csrc/params.h field by field, the library exports what csrc/api.h declares, and every
+instruction set of it that this processor has is right."""
+
+import ctypes
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from nf4lora import abi, heuristics, native, ops
+
+CSRC = Path(__file__).parents[1] / "csrc"
+KINDS = {
+    "int64_t": ctypes.c_int64, "int32_t": ctypes.c_int32, "float": ctypes.c_float, "Weight": abi.Weight,
+    "Dropout": abi.Dropout, "LinearConfig": abi.LinearConfig,
+}  # fmt: skip
+
+
+def source(name):
+    return re.sub(r"//[^\n]*", "", (CSRC / name).read_text())
+
+
+def header_structs():
+    """struct name -> [(type, field)], a pointer's type as "*"."""
+    structs = {}
+    for name, body in re.findall(r"struct (\w+) \{(.*?)\};", source("params.h"), re.S):
+        fields = []
+        for declaration in filter(None, map(str.strip, body.split(";"))):
+            kind, field = re.fullmatch(r"(?:const )?(\w+ ?\*?)\s*(\w+)", declaration).groups()
+            fields.append(("*" if "*" in kind else kind.strip(), field))
+        structs[name] = fields
+    return structs
+
+
+def ctypes_structs():
+    return {c.__name__: c for c in vars(abi).values() if isinstance(c, type) and issubclass(c, ctypes.Structure) and c is not ctypes.Structure}
+
+
+def test_the_header_was_parsed():
+    structs = header_structs()
+    assert structs["DequantizeParams"] == [("Weight", "w"), ("*", "out"), ("int32_t", "dtype"), ("int32_t", "threads")]
+    assert sum(len(fields) for fields in structs.values()) == source("params.h").count(";") - source("params.h").count("};")
+
+
+@pytest.mark.parametrize("name", ctypes_structs())
+def test_struct_equals_the_header(name):
+    wanted = [(field, ctypes.c_void_p if kind == "*" else KINDS[kind]) for kind, field in header_structs()[name]]
+    assert ctypes_structs()[name]._fields_ == wanted
+
+
+def test_sizes_and_offsets_equal_the_compilers(tmp_path):
+    """What g++ makes of params.h, byte by byte."""
+    structs = {n: c for n, c in ctypes_structs().items()}
+    lines = [f'printf("{n} %zu\\n", sizeof(nf4lora::{n}));' for n in structs]
+    lines += [f'printf("{n}.{f} %zu\\n", offsetof(nf4lora::{n}, {f}));' for n, c in structs.items() for f, *_ in c._fields_]
+    program = '#include <cstddef>\n#include <cstdio>\n#include "params.h"\nint main() {' + "".join(lines) + "}"
+    binary = tmp_path / "offsets"
+    cxx = os.environ.get("CXX", "c++").split()
+    subprocess.run([*cxx, "-x", "c++", "-", f"-I{CSRC}", "-o", binary], input=program, text=True, check=True)
+    found = dict(line.split() for line in subprocess.run([binary], capture_output=True, text=True, check=True).stdout.splitlines())
+    wanted = {n: str(ctypes.sizeof(c)) for n, c in structs.items()}
+    wanted |= {f"{n}.{f}": str(getattr(c, f).offset) for n, c in structs.items() for f, *_ in c._fields_}
+    assert found == wanted
+
+
+def test_enums_equal_the_tables():
+    enums = {n: dict(re.findall(r"(\w+) = (\d+)", body)) for n, body in re.findall(r"enum (\w+) : int32_t \{(.*?)\}", source("params.h"), re.S)}
+    codes = {f"k{str(d).removeprefix('torch.').capitalize().replace('f', 'F')}": str(c) for d, c in native._DTYPE.items()}
+    codes["kBFloat16"] = codes.pop("kBFloat16", codes.pop("kBfloat16", None))
+    assert {k.lower(): v for k, v in enums["Dtype"].items()} == {k.lower(): v for k, v in codes.items()}
+    assert enums["QuantType"] == {f"k{q.upper()}": str(i) for i, q in enumerate(native.QUANT_TYPES)}
+    assert enums["LinearPath"] == {f"k{p.name.capitalize()}": str(p.value) for p in heuristics.LinearPath}
+
+
+def test_every_function_of_the_api_is_exported():
+    library, why_not = native.library()
+    assert why_not is None, why_not
+    declared = dict(re.findall(r"NF4LORA_API const char \*(\w+)\((?:const nf4lora::(\w+) \*)?\)", source("api.h")))
+    assert len(declared) == source("api.h").count("NF4LORA_API ") - 1  # one is the macro's own definition
+    for name in declared:
+        assert getattr(library, name)
+    for name, params in abi.FUNCTIONS.items():
+        assert declared[f"nf4lora_cpu_{name}"] == params.__name__
+        assert getattr(library, f"nf4lora_cpu_{name}").argtypes[0]._type_ is params
+
+
+def test_the_library_exports_nothing_else():
+    path = Path(native.__file__).with_name("libnf4lora_cpu.so")
+    symbols = subprocess.run(["nm", "-D", "--defined-only", path], capture_output=True, text=True, check=True).stdout
+    named = {line.split()[-1] for line in symbols.splitlines() if line.split()[-2] in "TDB"}
+    assert {n for n in named if not n.startswith("_")} == set(re.findall(r"nf4lora_cpu_\w+", source("api.h")))
+
+
+def processor_has(isa):
+    flags = set(Path("/proc/cpuinfo").read_text().split()) if Path("/proc/cpuinfo").exists() else set()
+    wanted = {"portable": set(), "avx2": {"avx2", "fma", "f16c"}, "avx512": {"avx512f", "avx512bw", "avx512vl", "avx512dq", "avx2"}}
+    return wanted[isa] <= flags
+
+
+@pytest.mark.parametrize("isa", ["portable", "avx2", "avx512"])
+def test_selftest_under_each_instruction_set(isa):
+    env = os.environ | {"NF4LORA_CPU_ISA": isa, "OMP_WAIT_POLICY": "passive"}
+    done = subprocess.run([sys.executable, "-m", "nf4lora.selftest", "cpu"], env=env, capture_output=True, text=True)
+    if processor_has(isa):
+        assert done.returncode == 0 and f"host kernels: {isa}" in done.stdout, done.stdout + done.stderr
+        assert " 0 failed" in f" {done.stdout.splitlines()[-1]}"
+    else:
+        assert done.returncode == 1 and "NF4LORA_CPU_ISA" in done.stdout
+
+
+def test_instruction_sets_agree_on_bytes(tmp_path):
+    """quantize and dequantize give the same bytes whatever the instruction set."""
+    code = """
+import hashlib, sys, torch
+from nf4lora import dequantize_4bit, native, quantize_4bit
+a = torch.randn(100_003, generator=torch.Generator().manual_seed(0))
+h = hashlib.sha256()
+for dtype in (torch.float32, torch.bfloat16, torch.float16):
+    for nested in (False, True):
+        for quant_type in ("nf4", "fp4"):
+            packed, state = quantize_4bit(a.to(dtype), 64, nested, quant_type)
+            for t in (packed, state.absmax, dequantize_4bit(packed, state)):
+                h.update(t.reshape(-1).view(torch.uint8).numpy().tobytes())
+print(native.isa(), h.hexdigest())
+"""
+    sums = {}
+    for isa in filter(processor_has, ("portable", "avx2", "avx512")):
+        done = subprocess.run([sys.executable, "-c", code], env=os.environ | {"NF4LORA_CPU_ISA": isa, "OMP_WAIT_POLICY": "passive"}, capture_output=True, text=True, check=True)
+        name, sums[isa] = done.stdout.split()
+        assert name == isa
+    assert len(set(sums.values())) == 1, sums
+
+
+def test_a_message_of_the_library_becomes_an_error(cpu, monkeypatch):
+    class Failing:
+        @staticmethod
+        def nf4lora_cpu_quantize(params):
+            return b"out of memory"
+
+    monkeypatch.setattr(native, "library", lambda: (Failing, None))
+    with pytest.raises(RuntimeError, match="cpu quantize: out of memory"):
+        ops.quantize(torch.zeros(64), 64, "nf4")
