@@ -54,5 +54,5 @@ def dynamic_boundaries(device: torch.device | str = "cpu") -> Tensor:
     values = codebook("dynamic").double()
     middle = (values[:-1] + values[1:]) * 0.5
     rounded = middle.float()
-    below = torch.nextafter(rounded, torch.tensor(-torch.inf))
+    below = torch.nextafter(rounded, torch.tensor(-torch.inf, device="cpu"))
     return torch.where(rounded.double() > middle, below, rounded).to(device)

@@ -115,7 +115,7 @@ def dropout(x: Tensor, seed: Tensor | None, p: float) -> Tensor:
     """Inverted dropout of [M, K] from a seed, in float32 (float64 for float64): the same bits on every back end.
 
     Philox4x32-10, key = seed, counter = flat index // 4; element i keeps iff (word[i % 4] >> 8) >= ceil(p * 2**24),
-    and is multiplied by the float32 1 / (1 - p).
+    multiplied by the float32 1 / (1 - p); a dropped element is 0 whatever it was.
     """
     x = x.to(_work_dtype(x))
     if seed is None:
@@ -124,7 +124,7 @@ def dropout(x: Tensor, seed: Tensor | None, p: float) -> Tensor:
     counter = torch.arange(-(-x.numel() // 4), dtype=torch.int64, device=x.device)
     words = _philox(counter, seed.reshape(())).reshape(-1)[: x.numel()].reshape(x.shape)
     keep = (words >> 8) >= torch.ceil(p32.double() * 2.0**24).long()
-    return x * torch.where(keep, 1.0 / (1.0 - p32), torch.zeros_like(p32)).to(x.dtype)
+    return torch.where(keep, x * (1.0 / (1.0 - p32)).to(x.dtype), torch.zeros_like(x))
 
 
 def _philox(counter: Tensor, seed: Tensor) -> Tensor:

@@ -19,7 +19,12 @@ TOKENS = torch.arange(24).view(2, 12) % 50
 def llama(seed: int = 0, dtype=torch.float32) -> LlamaForCausalLM:
     torch.manual_seed(seed)
     config = LlamaConfig(
-        vocab_size=50, hidden_size=64, intermediate_size=96, num_hidden_layers=2, num_attention_heads=2, num_key_value_heads=1
+        vocab_size=50,
+        hidden_size=64,
+        intermediate_size=96,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        num_key_value_heads=1,
     )
     return LlamaForCausalLM(config).to(dtype).eval()
 
@@ -91,7 +96,9 @@ def test_peft_computes_the_same_on_the_decoded_base(tmp_path, kwargs):
         for name, module in llama().named_modules():
             if isinstance(module, torch.nn.Linear) and not name.endswith(("q_proj", "up_proj")):
                 base.get_submodule(name).weight.data = module.weight.data
-    torch.testing.assert_close(logits(PeftModel.from_pretrained(base, tmp_path / "a")), logits(model), rtol=0, atol=2e-5)
+    torch.testing.assert_close(
+        logits(PeftModel.from_pretrained(base, tmp_path / "a")), logits(model), rtol=0, atol=2e-5
+    )
 
 
 def test_peft_loads_it_on_the_bf16_base(tmp_path):
@@ -100,14 +107,18 @@ def test_peft_loads_it_on_the_bf16_base(tmp_path):
     loaded = PeftModel.from_pretrained(llama(dtype=torch.bfloat16), tmp_path / "a")
     for path, layer in lora_layers(model).items():
         theirs = loaded.get_submodule(f"base_model.model.{path}")
-        assert theirs.lora_A["default"].weight.equal(layer.lora_A) and theirs.lora_B["default"].weight.equal(layer.lora_B)
+        assert theirs.lora_A["default"].weight.equal(layer.lora_A) and theirs.lora_B["default"].weight.equal(
+            layer.lora_B
+        )
         assert theirs.scaling["default"] == layer.scaling
     merged = loaded.merge_and_unload()
     assert (logits(merged).float() - logits(model)).abs().max() < 0.3 * logits(model).abs().max()
 
 
 def test_an_adapter_of_peft_loads_here(tmp_path):
-    peft_model = get_peft_model(decoded_base(), LoraConfig(r=4, lora_alpha=6, target_modules="all-linear", init_lora_weights=False))
+    peft_model = get_peft_model(
+        decoded_base(), LoraConfig(r=4, lora_alpha=6, target_modules="all-linear", init_lora_weights=False)
+    )
     peft_model.eval().save_pretrained(tmp_path / "a")
     model = qlora()
     load_adapter(model, tmp_path / "a")

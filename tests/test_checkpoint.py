@@ -107,7 +107,11 @@ def test_row26_replacing_a_folder_rolls_back_when_the_rename_fails(tmp_path, mon
     original = Path.rename
 
     def rename(self, to):
-        if to == target and (self / checkpoint.MANIFEST).exists() and json.loads((self / "b.json").read_bytes())["step"] == 2:
+        if (
+            to == target
+            and (self / checkpoint.MANIFEST).exists()
+            and json.loads((self / "b.json").read_bytes())["step"] == 2
+        ):
             raise OSError(errno.EIO, os.strerror(errno.EIO))
         return original(self, to)
 
@@ -137,7 +141,9 @@ def test_row27_file_size_limit(tmp_path):
 
     def limited():
         resource.setrlimit(resource.RLIMIT_FSIZE, (SIZE // 2, SIZE // 2))
-        with pytest.raises(OSError, match=r"cannot write .*checkpoint-2: File too large; what was saved before is untouched"):
+        with pytest.raises(
+            OSError, match=r"cannot write .*checkpoint-2: File too large; what was saved before is untouched"
+        ):
             save(tmp_path, 2, files(2))
 
     assert in_child(limited) == 0
@@ -145,7 +151,9 @@ def test_row27_file_size_limit(tmp_path):
 
 
 def test_row27_disk_full(tmp_path):
-    mounted = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=1m", "tmpfs", tmp_path], capture_output=True, text=True)
+    mounted = subprocess.run(
+        ["mount", "-t", "tmpfs", "-o", "size=1m", "tmpfs", tmp_path], capture_output=True, text=True
+    )
     if mounted.returncode:
         pytest.skip(f"no tmpfs can be mounted here ({mounted.stderr.strip()}); RLIMIT_FSIZE stands in for it")
     try:
@@ -222,7 +230,9 @@ def test_sizes_in_a_manifest_are_checked(tmp_path, size):
         read(folder)
 
 
-@pytest.mark.parametrize("text", [b"[]", b"{", b'{"a": NaN}', b'{"a": Infinity}', b"\xff", b"[" * 100_000, b" " * (1 << 20) + b"{}"])
+@pytest.mark.parametrize(
+    "text", [b"[]", b"{", b'{"a": NaN}', b'{"a": Infinity}', b"\xff", b"[" * 100_000, b" " * (1 << 20) + b"{}"]
+)
 def test_json_that_is_refused(text):
     with pytest.raises(CheckpointError, match="some.json"):
         parse_json(text, "some.json")

@@ -107,14 +107,21 @@ def test_bad_data(nf4lora, folder, name):
 
 
 def test_data_that_is_missing_or_a_folder(nf4lora, folder):
-    refused(nf4lora("finetune", "--model", folder, "--data", "none.txt"), "--data: none.txt cannot be read (No such file")
+    refused(
+        nf4lora("finetune", "--model", folder, "--data", "none.txt"), "--data: none.txt cannot be read (No such file"
+    )
     Path("folder.txt").mkdir()
-    refused(nf4lora("finetune", "--model", folder, "--data", "folder.txt"), "--data: folder.txt cannot be read (Is a directory")
+    refused(
+        nf4lora("finetune", "--model", folder, "--data", "folder.txt"),
+        "--data: folder.txt cannot be read (Is a directory",
+    )
 
 
 def test_unknown_target_modules_are_named_with_those_there(nf4lora, folder):
     Path("d.txt").write_text("abcabc")
-    result = nf4lora("finetune", "--model", folder, "--data", "d.txt", "--seq-len", "4", "--target-modules", "q_proj,query")
+    result = nf4lora(
+        "finetune", "--model", folder, "--data", "d.txt", "--seq-len", "4", "--target-modules", "q_proj,query"
+    )
     refused(result, "--target-modules", "query", "q_proj", "down_proj")
 
 
@@ -142,12 +149,18 @@ def test_a_model_that_is_missing_or_no_model(nf4lora, folder, tmp_path):
 
 def test_a_sequence_longer_than_the_model_takes(nf4lora, folder):
     Path("d.txt").write_text("abc" * 100)
-    refused(nf4lora("finetune", "--model", folder, "--data", "d.txt", "--seq-len", "65"), "--seq-len: found 65, wanted at most 64")
+    refused(
+        nf4lora("finetune", "--model", folder, "--data", "d.txt", "--seq-len", "65"),
+        "--seq-len: found 65, wanted at most 64",
+    )
 
 
 def test_resume_without_a_checkpoint(nf4lora, folder):
     Path("d.txt").write_text("abcabc")
-    refused(nf4lora("finetune", "--model", folder, "--data", "d.txt", "--resume"), "--resume: no complete checkpoint in nf4lora-output")
+    refused(
+        nf4lora("finetune", "--model", folder, "--data", "d.txt", "--resume"),
+        "--resume: no complete checkpoint in nf4lora-output",
+    )
 
 
 def test_help_needs_neither_transformers_nor_matplotlib():

@@ -2,8 +2,10 @@
 
 import json
 import os
+import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -22,7 +24,9 @@ def demo(tmp_path_factory) -> tuple[dict, Path]:
     """The result and the output folder of the default run."""
     folder = tmp_path_factory.mktemp("demo")
     command = [sys.executable, "-m", "nf4lora.cli", "finetune", "--json"]
-    done = subprocess.run(command, cwd=folder, stdout=subprocess.PIPE, text=True, env={"OMP_WAIT_POLICY": "PASSIVE"} | os.environ)
+    done = subprocess.run(
+        command, cwd=folder, stdout=subprocess.PIPE, text=True, env={"OMP_WAIT_POLICY": "PASSIVE"} | os.environ
+    )
     assert done.returncode == 0
     return json.loads(done.stdout), folder / "nf4lora-demo"
 
@@ -69,7 +73,10 @@ def test_memory_is_counted(demo):
     assert lora["weight_bytes"] - qlora["weight_bytes"] == pytest.approx(saved, abs=64)
     for method in (full, lora, qlora):
         assert method["optimizer_bytes"] == pytest.approx(8 * method["trainable_parameters"], rel=1e-3)
-        assert method["peak_bytes"] > method["weight_bytes"] + method["optimizer_bytes"] + 4 * method["trainable_parameters"]
+        assert (
+            method["peak_bytes"]
+            > method["weight_bytes"] + method["optimizer_bytes"] + 4 * method["trainable_parameters"]
+        )
     assert qlora["peak_bytes"] < lora["peak_bytes"]
     assert lora["trainable_parameters"] == qlora["trainable_parameters"] < full["trainable_parameters"] / 5
 
@@ -115,3 +122,19 @@ def test_held_out_text_is_never_trained_on():
         trained, held_out = text(128)
         seen = {block.numpy().tobytes() for block in trained}
         assert len(held_out) == corpus.HELD_OUT and not any(block.numpy().tobytes() in seen for block in held_out)
+
+
+def test_ctrl_c_ends_the_run_and_its_process(tmp_path):
+    command = [sys.executable, "-m", "nf4lora.cli", "finetune", "--output", tmp_path]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
+        until = time.monotonic() + 60
+        while not (tmp_path / "logs" / "pretrain.log").exists():
+            assert process.poll() is None and time.monotonic() < until
+            time.sleep(0.05)
+        time.sleep(0.5)
+        children = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
+        process.send_signal(signal.SIGINT)
+        out, err = process.communicate(timeout=60)
+    assert process.returncode == 130 and out == "" and "Traceback" not in err
+    assert "nf4lora: stopped: the demonstration keeps no checkpoints; run it again" in err
+    assert len(children) == 1 and not Path(f"/proc/{children[0]}").exists()

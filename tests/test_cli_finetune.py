@@ -28,7 +28,9 @@ OPTIONS = {
     "--max-grad-norm": 0.5, "--max-steps": 8, "--batch-size": 2, "--grad-accum": 2, "--seq-len": 16, "--seed": 3,
     "--save-steps": 2, "--target-modules": "q_proj,v_proj,mlp.up_proj",
 }  # fmt: skip
-TEXT = "".join(f"Line {i}: the quick brown fox jumps over {i * i} lazy dogs, and the dog sleeps on.\n" for i in range(60))
+TEXT = "".join(
+    f"Line {i}: the quick brown fox jumps over {i * i} lazy dogs, and the dog sleeps on.\n" for i in range(60)
+)
 
 
 @pytest.fixture(scope="module")
@@ -38,7 +40,9 @@ def model(tmp_path_factory) -> Path:
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer, tokenizer.decoder = pre_tokenizers.ByteLevel(), decoders.ByteLevel()
     alphabet = pre_tokenizers.ByteLevel.alphabet()
-    trainer = trainers.BpeTrainer(vocab_size=320, special_tokens=["<eos>"], initial_alphabet=alphabet, show_progress=False)
+    trainer = trainers.BpeTrainer(
+        vocab_size=320, special_tokens=["<eos>"], initial_alphabet=alphabet, show_progress=False
+    )
     tokenizer.train_from_iterator([TEXT], trainer)
     fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="<eos>")
     fast.chat_template = CHAT
@@ -137,7 +141,9 @@ def test_row36_gradient_checkpointing_changes_no_bit(model, data, tmp_path, fine
 def test_row28_ctrl_c_saves_and_resumes(model, data, tmp_path, finetune):
     output = tmp_path / "out"
     command = [sys.executable, "-m", "nf4lora.cli", *arguments(model, data, output, max_steps=120, save_steps=3)]
-    with subprocess.Popen(command, env=ENVIRONMENT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
+    with subprocess.Popen(
+        command, env=ENVIRONMENT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    ) as process:
         until = time.monotonic() + 120
         while not list(output.glob("checkpoint-*")):
             assert process.poll() is None and time.monotonic() < until
@@ -145,7 +151,9 @@ def test_row28_ctrl_c_saves_and_resumes(model, data, tmp_path, finetune):
         process.send_signal(signal.SIGINT)
         out, err = process.communicate(timeout=120)
     assert process.returncode == 130 and out == "" and "Traceback" not in err, err
-    told = re.search(r"stopped: after step (\d+) of 120; .*checkpoint-(\d+) is saved; the same command with --resume goes on", err)
+    told = re.search(
+        r"stopped: after step (\d+) of 120; .*checkpoint-(\d+) is saved; the same command with --resume goes on", err
+    )
     assert told and told[1] == told[2] and latest(output).name == f"checkpoint-{told[1]}"
     stopped = int(told[1])
     assert 3 <= stopped < 120
@@ -202,7 +210,10 @@ def test_row27_no_room_for_a_checkpoint(model, data, tmp_path, monkeypatch, caps
     monkeypatch.setattr(sys, "argv", ["nf4lora", *arguments(model, data, tmp_path / "out")])
     assert app.run() == 1
     err = capsys.readouterr().err.splitlines()[-1]
-    assert re.search(r"nf4lora: error: .*cannot write .*checkpoint-2: No space left on device; what was saved before is untouched", err)
+    assert re.search(
+        r"nf4lora: error: .*cannot write .*checkpoint-2: No space left on device; what was saved before is untouched",
+        err,
+    )
     assert list((tmp_path / "out").iterdir()) == []
 
 
@@ -215,7 +226,9 @@ def test_the_order_of_the_data_is_permutations_without_end():
 
 
 def test_a_loss_that_is_not_finite_stops_before_a_step():
-    model = LlamaForCausalLM(LlamaConfig(vocab_size=9, hidden_size=8, intermediate_size=8, num_hidden_layers=1, num_attention_heads=1))
+    model = LlamaForCausalLM(
+        LlamaConfig(vocab_size=9, hidden_size=8, intermediate_size=8, num_hidden_layers=1, num_attention_heads=1)
+    )
     run = train.start(model, torch.arange(32).view(4, 8) % 9, Settings(batch_size=2, grad_accum=1))
     model.lm_head.weight.data[0, 0] = torch.inf
     before = {name: p.clone() for name, p in model.named_parameters()}
@@ -225,7 +238,9 @@ def test_a_loss_that_is_not_finite_stops_before_a_step():
     assert run.step == 0
 
 
-@pytest.mark.parametrize(("name", "shape"), [("constant", [0.5, 1, 1, 1]), ("linear", [0.5, 1, 5 / 6, 4 / 6]), ("cosine", None)])
+@pytest.mark.parametrize(
+    ("name", "shape"), [("constant", [0.5, 1, 1, 1]), ("linear", [0.5, 1, 5 / 6, 4 / 6]), ("cosine", None)]
+)
 def test_schedules_warm_up_and_go_as_named(name, shape):
     model = torch.nn.Linear(2, 2)
     run = train.start(model, torch.zeros(4, 2), Settings(lr=1.0, lr_scheduler=name, warmup_ratio=0.25, max_steps=8))

@@ -24,7 +24,9 @@ def prose(seq_len: int) -> tuple[Tensor, Tensor]:
         from pydoc_data.topics import topics
     except ImportError:
         topics = {}
-    return _split([topics[name].encode() for name in sorted(topics)], seq_len, "the topics of its help, pydoc_data.topics")
+    return _split(
+        [topics[name].encode() for name in sorted(topics)], seq_len, "the topics of its help, pydoc_data.topics"
+    )
 
 
 def _split(documents: list[bytes], seq_len: int, what: str) -> tuple[Tensor, Tensor]:
@@ -32,7 +34,9 @@ def _split(documents: list[bytes], seq_len: int, what: str) -> tuple[Tensor, Ten
     held_out = _blocks(b"\n".join(documents[::8]), seq_len)
     trained = _blocks(b"\n".join(d for i, d in enumerate(documents) if i % 8), seq_len)
     if len(held_out) < HELD_OUT or len(trained) < HELD_OUT:
-        raise UserError(f"this Python lacks {what}; the demonstration needs them. Give --model and --data, or another Python")
+        raise UserError(
+            f"this Python lacks {what}; the demonstration needs them. Give --model and --data, or another Python"
+        )
     chosen = torch.randperm(len(held_out), generator=torch.Generator().manual_seed(0))[:HELD_OUT]
     return trained, held_out[chosen]
 

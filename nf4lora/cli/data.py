@@ -56,7 +56,9 @@ def to_blocks(documents: list[str], tokenizer: Any, seq_len: int, vocab_size: in
     if len(ids) < 2:
         raise UserError(f"--data: found {len(ids)} tokens, wanted 2 or more to train on")
     if max(ids) >= vocab_size:
-        raise UserError(f"--model: its tokenizer gives token {max(ids)}, but the model has {vocab_size}; wanted a matching pair")
+        raise UserError(
+            f"--model: its tokenizer gives token {max(ids)}, but the model has {vocab_size}; wanted a matching pair"
+        )
     seq_len = min(seq_len, len(ids))
     count = len(ids) // seq_len
     return torch.tensor(ids[: count * seq_len], dtype=torch.int32).view(count, seq_len)

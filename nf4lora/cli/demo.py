@@ -8,7 +8,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-from .progress import Bar, console
+from .progress import Bar
 from .report import NAMES, plot_losses, rich_table, rows, write_markdown
 from .settings import RunFailed, Settings, Stopped, UserError
 
@@ -55,9 +55,10 @@ def _process(method: str, settings: Settings, output: Path) -> dict[str, Any]:
     result = error = None
     # OpenMP threads that spin while they wait make a busy machine several times slower
     environment = {"OMP_WAIT_POLICY": "PASSIVE"} | os.environ
-    with log.open("w") as errors, subprocess.Popen(
-        command, stdout=subprocess.PIPE, stderr=errors, text=True, env=environment
-    ) as process:
+    with (
+        log.open("w") as errors,
+        subprocess.Popen(command, stdout=subprocess.PIPE, stderr=errors, text=True, env=environment) as process,
+    ):
         try:
             bar = None
             for event in map(json.loads, process.stdout):

@@ -29,7 +29,9 @@ def examine() -> dict[str, Any]:
     from .compute import compute_dtype, cpu_flags, device
 
     dtype, why = compute_dtype(device())
-    gpus = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())] if torch.cuda.is_available() else []
+    gpus = (
+        [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())] if torch.cuda.is_available() else []
+    )
     return {
         "versions": {"python": platform.python_version()} | {name: _version(name) for name in PACKAGES},
         "machine": {

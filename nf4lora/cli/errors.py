@@ -14,7 +14,8 @@ FORMATS = ("NF4", "NF4 + double quant.", "FP4", "INT4")
 
 def errors(
     demo: Annotated[
-        Path | None, typer.Option(help=f"Output folder of the demonstration, for its trained weights. [default: {DEMO.output}, if there]")
+        Path | None,
+        typer.Option(help=f"Output folder of the demonstration, for its weights. [{DEMO.output}, if there]"),
     ] = None,
     size: Annotated[int, typer.Option(help="Elements drawn from each distribution.")] = 1 << 20,
     seed: Annotated[int, typer.Option(help="Of the draws.")] = 0,
@@ -48,7 +49,9 @@ def _weights(demo: Path | None, size: int, seed: int) -> dict[str, list[Any]]:
         from ..hf.checkpoint import parse_tensors
 
         tensors = parse_tensors(path.read_bytes(), path)
-        weights["the demonstration's base"] = [t.float() for n, t in sorted(tensors.items()) if n.endswith("_proj.weight")]
+        weights["the demonstration's base"] = [
+            t.float() for n, t in sorted(tensors.items()) if n.endswith("_proj.weight")
+        ]
     elif demo:
         raise UserError(f"--demo: no {path}; wanted the output folder of `nf4lora finetune`")
     return weights
@@ -92,5 +95,7 @@ def _print(table: list[dict[str, Any]]) -> None:
         shown.add_column(column, justify="left" if column in ("weights", "format") else "right")
     for row in table:
         numbers = (f"{row['mean_abs']:.3e}", f"{row['max_abs']:.3e}", f"{row['relative_rms']:.4f}")
-        shown.add_row(row["weights"], f"{row['elements']:,}", row["format"], *numbers, end_section=row["format"] == FORMATS[-1])
+        shown.add_row(
+            row["weights"], f"{row['elements']:,}", row["format"], *numbers, end_section=row["format"] == FORMATS[-1]
+        )
     wide_console().print(shown)

@@ -25,7 +25,9 @@ def finetune(
     r: Annotated[int | None, _option("r", "LoRA rank.", "--r")] = None,
     alpha: Annotated[float | None, _option("alpha", "LoRA alpha; the branch is scaled by alpha / r.")] = None,
     dropout: Annotated[float | None, _option("dropout", "Dropout before the LoRA branch.")] = None,
-    target_modules: Annotated[str | None, _option("target_modules", "all-linear, or names separated by commas.")] = None,
+    target_modules: Annotated[
+        str | None, _option("target_modules", "all-linear, or names separated by commas.")
+    ] = None,
     lr: Annotated[float | None, _option("lr", "Peak learning rate of AdamW.")] = None,
     lr_scheduler: Annotated[str | None, _option("lr_scheduler", f"{', '.join(SCHEDULERS)}.")] = None,
     warmup_ratio: Annotated[float | None, _option("warmup_ratio", "Share of the steps that warm up.")] = None,
@@ -39,10 +41,14 @@ def finetune(
         bool | None, typer.Option("--gradient-checkpointing", help="Recompute activations: less memory, more time.")
     ] = None,
     save_steps: Annotated[int | None, _option("save_steps", "Steps between checkpoints.")] = None,
-    resume: Annotated[bool | None, typer.Option("--resume", help="Go on from the newest checkpoint of --output.")] = None,
+    resume: Annotated[
+        bool | None, typer.Option("--resume", help="Go on from the newest checkpoint of --output.")
+    ] = None,
     seed: Annotated[int | None, _option("seed", "Of the data order, the adapters and dropout.")] = None,
     compute_dtype: Annotated[str | None, _option("compute_dtype", f"{', '.join(DTYPES)}.")] = None,
-    json: Annotated[bool, typer.Option("--json", help="Print the result as JSON, and nothing else, on stdout.")] = False,
+    json: Annotated[
+        bool, typer.Option("--json", help="Print the result as JSON, and nothing else, on stdout.")
+    ] = False,
 ) -> None:
     """Fine-tune a causal language model with QLoRA.
 
@@ -59,7 +65,9 @@ def finetune(
     check_output(settings.output)
     if model is None:
         if settings.resume or epochs is not None:
-            raise UserError("--resume and --epochs are for your own --model and --data; the demonstration always runs whole")
+            raise UserError(
+                "--resume and --epochs are for your own --model and --data; the demonstration always runs whole"
+            )
         from .demo import run
     else:
         from .user import run

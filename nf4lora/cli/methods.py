@@ -27,7 +27,7 @@ MODEL = dict(
     vocab_size=256, hidden_size=256, intermediate_size=704, num_hidden_layers=3, num_attention_heads=4,
     num_key_value_heads=4, max_position_embeddings=512, bos_token_id=None, eos_token_id=None, pad_token_id=None,
 )  # fmt: skip
-PRETRAIN = dict(lr=2e-3, max_steps=700, batch_size=4, grad_accum=1, seq_len=128, max_grad_norm=1.0)
+PRETRAIN = dict(lr=2e-3, max_steps=600, batch_size=4, grad_accum=1, seq_len=128, max_grad_norm=1.0)
 EVALUATIONS = 6
 FULL_RATE = 0.25  # of --lr: with every weight moving, the rate that suits adapters is too high
 

@@ -18,8 +18,12 @@ def load_tokenizer(settings: Settings) -> Any:
 
     quiet_transformers()
     source = settings.model
-    if not Path(source).is_dir() and (source.startswith((".", "/", "~")) or source.count("/") > 1 or Path(source).exists()):
-        raise UserError(f"--model: no such folder: {source}; wanted one with config.json, weights and tokenizer, or a Hub id")
+    if not Path(source).is_dir() and (
+        source.startswith((".", "/", "~")) or source.count("/") > 1 or Path(source).exists()
+    ):
+        raise UserError(
+            f"--model: no such folder: {source}; wanted one with config.json, weights and tokenizer, or a Hub id"
+        )
     return _loaded(source, AutoTokenizer.from_pretrained)
 
 
@@ -34,7 +38,9 @@ def load_model(settings: Settings, device: torch.device, compute: torch.dtype) -
     model = _loaded(settings.model, AutoModelForCausalLM.from_pretrained, dtype="auto", use_safetensors=True)
     limit = getattr(model.config, "max_position_embeddings", None)
     if limit and settings.seq_len > limit:
-        raise UserError(f"--seq-len: found {settings.seq_len}, wanted at most {limit}, the longest {settings.model} takes")
+        raise UserError(
+            f"--seq-len: found {settings.seq_len}, wanted at most {limit}, the longest {settings.model} takes"
+        )
     return prepare(model, settings, device, compute)
 
 

@@ -3,7 +3,7 @@
 import resource
 import sys
 import time
-from typing import Any
+from typing import Any, Self
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
@@ -23,11 +23,11 @@ class Bar:
         self._progress = Progress(*columns, TimeElapsedColumn(), console=console, disable=self._lines)
         self._task = self._progress.add_task(name, total=steps, completed=first, text="")
 
-    def __enter__(self) -> "Bar":
+    def __enter__(self) -> Self:
         self._progress.start()
         return self
 
-    def __exit__(self, *error: Any) -> None:
+    def __exit__(self, *error: object) -> None:
         self._progress.stop()
 
     def update(self, step: int, loss: float, tokens_per_s: float, memory: int) -> None:
@@ -43,11 +43,11 @@ class Meter:
     def __init__(self) -> None:
         self.tokens, self.seconds = 0, 0.0
 
-    def __enter__(self) -> "Meter":
+    def __enter__(self) -> Self:
         self._since = time.perf_counter()
         return self
 
-    def __exit__(self, *error: Any) -> None:
+    def __exit__(self, *error: object) -> None:
         self.seconds += time.perf_counter() - self._since
 
     @property

@@ -35,7 +35,12 @@ def rows(runs: dict[str, dict[str, Any]]) -> list[dict[str, Any]]:
     for row, method in zip(table, ("lora", "qlora"), strict=True):
         row["compute_dtype"] = runs[method]["compute_dtype"]
     for method, run in runs.items():
-        row = {"name": NAMES[method], "method": method, "stored": _STORED[method], "change": run["after"] / run["before"] - 1}
+        row = {
+            "name": NAMES[method],
+            "method": method,
+            "stored": _STORED[method],
+            "change": run["after"] / run["before"] - 1,
+        }
         table.append(row | {key: run[key] for _, key, _ in COLUMNS if key in run})
     return table
 
@@ -75,7 +80,9 @@ def plot_losses(curves: dict[str, tuple[list[float], list[tuple[int, float]]]], 
         color, window = f"C{number}", min(10, len(train))
         means = [sum(train[i - window : i]) / window for i in range(window, len(train) + 1)]
         train_label = None if held_out else name
-        axes.plot(range(window, len(train) + 1), means, color=color, alpha=0.35 if held_out else 1, lw=1, label=train_label)
+        axes.plot(
+            range(window, len(train) + 1), means, color=color, alpha=0.35 if held_out else 1, lw=1, label=train_label
+        )
         if held_out:
             axes.plot(*zip(*held_out, strict=True), "o-", color=color, label=f"{name}, held out", ms=4)
     axes.grid(alpha=0.3)

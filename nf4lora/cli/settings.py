@@ -91,7 +91,7 @@ class Settings:
 
 # A small model trained for two minutes takes, and needs, a far higher rate than a large one.
 DEMO = Settings(
-    output="nf4lora-demo", lr=4e-3, lr_scheduler="cosine", warmup_ratio=0.05, max_steps=240, batch_size=4, grad_accum=1,
+    output="nf4lora-demo", lr=4e-3, lr_scheduler="cosine", warmup_ratio=0.05, max_steps=200, batch_size=4, grad_accum=1,
     seq_len=128,
 )  # fmt: skip
 

@@ -60,7 +60,9 @@ def restore(run: Run, folder: Path) -> None:
 
 def _check(run: Run, state: dict, folder: Path) -> None:
     ours, theirs = run.settings.must_match(), state.get("settings", {})
-    if different := [f"--{n.replace('_', '-')} {theirs.get(n)}, now {v}" for n, v in ours.items() if theirs.get(n) != v]:
+    if different := [
+        f"--{n.replace('_', '-')} {theirs.get(n)}, now {v}" for n, v in ours.items() if theirs.get(n) != v
+    ]:
         raise UserError(f"--resume: {folder} was made with {'; '.join(different)}; {ADVICE}")
     if state.get("data_sha256") != fingerprint(run.blocks):
         raise UserError(f"--resume: {folder} was made with other data; {ADVICE}")

@@ -58,7 +58,9 @@ def start(model: nn.Module, blocks: Tensor, settings: Settings, autocast: torch.
 def order(length: int, first: int, count: int, seed: int) -> Tensor:
     """Indices number `first` … `first + count - 1` of an endless series of permutations of `length`. int64 [count]."""
     epochs = range(first // length, (first + count - 1) // length + 1)
-    permutations = [torch.randperm(length, generator=torch.Generator().manual_seed((seed + 1_000_003 * e) % 2**63)) for e in epochs]
+    permutations = [
+        torch.randperm(length, generator=torch.Generator().manual_seed((seed + 1_000_003 * e) % 2**63)) for e in epochs
+    ]
     return torch.cat(permutations)[first - epochs[0] * length :][:count]
 
 

@@ -61,7 +61,9 @@ def _checkpoint(settings: Settings, output: Path) -> Path | None:
     if settings.resume and found is None:
         raise UserError(f"--resume: no complete checkpoint in {output}; run without --resume to start")
     if found and not settings.resume:
-        raise UserError(f"--output: {output} holds {found.name}; give --resume to go on, or another folder to start anew")
+        raise UserError(
+            f"--output: {output} holds {found.name}; give --resume to go on, or another folder to start anew"
+        )
     return found
 
 

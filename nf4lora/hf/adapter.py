@@ -127,7 +127,9 @@ def _check_config(config: dict[str, Any], layers: dict[str, NF4LoRALinear], path
         raise ValueError(f"{path}: found peft_type {config.get('peft_type')!r}, wanted 'LORA'")
     for key, wanted in _UNSUPPORTED.items():
         if config.get(key, wanted) != wanted:
-            raise ValueError(f"{path}: found {key}={config[key]!r}, wanted {wanted!r}: NF4LoRALinear has no such adapter")
+            raise ValueError(
+                f"{path}: found {key}={config[key]!r}, wanted {wanted!r}: NF4LoRALinear has no such adapter"
+            )
     rslora = config.get("use_rslora", False)
     for name, layer in layers.items():
         r = _of_layer(config, "rank_pattern", name, config.get("r"))

@@ -1,8 +1,8 @@
 """Checkpoint folders that are published whole or not at all: safetensors, JSON and text, never pickle.
 
-A folder is written under a temporary name beside its target, every file flushed to the disk, `manifest.json` (size and
-SHA-256 of every other file) last, and then renamed in one step. A process killed at any moment leaves the older
-checkpoints as they were and at most a temporary folder, which the next save sweeps.
+A folder is written under a temporary name beside its target, every file flushed, `manifest.json` (size and SHA-256 of
+the others) last, and renamed in one step. A kill leaves older checkpoints whole, and at most a temporary folder, which
+the next save sweeps.
 """
 
 import fcntl
@@ -36,12 +36,8 @@ class CheckpointError(ValueError):
 def save(root: str | os.PathLike, step: int, files: Mapping[str, bytes], keep: int = 2) -> Path:
     """Publish `root/checkpoint-<step>` and remove all but the `keep` newest checkpoints.
 
-    Args:
-        files: plain file name -> its bytes
-        keep:  at least 1
-    Returns: the folder
-    Raises:  ValueError (a name that is not plain); OSError with the system's reason (no space, read-only, …): what was
-             there before is there still, and the temporary folder is gone
+    `files` maps plain names to bytes. Raises: ValueError (a name that is not plain); OSError with the system's reason
+    (no space, read-only, …): what was there is there still, and the temporary folder is gone.
     """
     target = Path(root) / f"checkpoint-{step}"
     publish(target, files)
@@ -75,7 +71,7 @@ def publish(target: str | os.PathLike, files: Mapping[str, bytes]) -> None:
 
 
 def latest(root: str | os.PathLike) -> Path | None:
-    """The newest complete checkpoint of `root`, every byte checked against its manifest; None if there is none."""
+    """The newest complete checkpoint of `root`, every byte checked; None if there is none."""
     for _, folder in _numbered(Path(root)):
         with suppress(CheckpointError):
             read(folder)
@@ -129,7 +125,7 @@ def parse_tensors(data: bytes, path: str | os.PathLike) -> dict[str, Tensor]:
 
 
 def sweep(folder: Path) -> None:
-    """Remove the temporary folders of savers that are dead; a living saver holds a lock on its own."""
+    """Remove the temporary folders of dead savers; a living one holds a lock on its own."""
     for entry in folder.glob(_TEMP + "*"):
         with suppress(OSError):
             lock = os.open(entry, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW)
