@@ -8,7 +8,6 @@
 NF4LORA_API const char *nf4lora_cpu_quantize(const nf4lora::QuantizeParams *);
 NF4LORA_API const char *nf4lora_cpu_quantize_absmax(const nf4lora::QuantizeAbsmaxParams *);
 NF4LORA_API const char *nf4lora_cpu_dequantize(const nf4lora::DequantizeParams *);
-NF4LORA_API const char *nf4lora_cpu_dequantize_absmax(const nf4lora::DequantizeAbsmaxParams *);
 NF4LORA_API const char *nf4lora_cpu_linear_fwd(const nf4lora::LinearFwdParams *);
 NF4LORA_API const char *nf4lora_cpu_linear_bwd(const nf4lora::LinearBwdParams *);
 NF4LORA_API const char *nf4lora_cpu_lora_bwd(const nf4lora::LoraBwdParams *);

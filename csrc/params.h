@@ -49,11 +49,6 @@ struct DequantizeParams {
     int32_t threads;
 };
 
-struct DequantizeAbsmaxParams {
-    Weight w;    // packed is not read
-    float *out;  // float32 [nblocks]
-};
-
 // Inverted dropout regenerated from its seed: Philox4x32-10, key = seed, counter = flat index / 4 of the [M, K] input.
 struct Dropout {
     const int64_t *seed;  // int64 [1], null: no dropout

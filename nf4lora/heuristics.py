@@ -1,7 +1,9 @@
 """Shapes in, launch parameters out: pure functions of integers. Kernels take what is chosen here and never choose."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from enum import IntEnum
+
+SCRATCH_BYTES = 8 << 20
 
 
 class LinearPath(IntEnum):
@@ -16,24 +18,56 @@ class LinearConfig:
     """How a product with the 4-bit weight is cut into tiles.
 
     block_m, block_n: rows and columns of the output a tile covers; block_k: reduction steps decoded at a time, a
-    multiple of 64; threads. Scratch is about 4 * threads * (block_m*block_k + block_n*block_k + block_m*block_n) bytes.
+    multiple of 64. Only block_k, and it only on the ROWS path, changes the order of a sum and so its last bit.
     """
 
     path: LinearPath
     block_m: int
     block_n: int
     block_k: int
-    threads: int
+    threads: int = 1
+
+    @property
+    def scratch_bytes(self) -> int:
+        """What the kernels allocate beside their outputs (csrc/cpu/gemm.h, dots.h), for the widest instruction set."""
+        m, n, k = self.block_m, -(-self.block_n // 32) * 32, self.block_k
+        if self.path == LinearPath.ROWS:
+            floats = m * n + m * (k + 16) + max(k, n)
+        else:
+            floats = m * n + (m + 16) * (k + 16) + n * k + max(32 * k, n)
+        return 4 * floats * self.threads
 
 
-# (largest M, path, block_m, block_n, block_k); source: calculated
-_CPU_LINEAR = (
-    (8, LinearPath.ROWS, 8, 64, 512),
-    (2**63, LinearPath.PANELS, 240, 96, 256),
+ROWS, PANELS = LinearPath.ROWS, LinearPath.PANELS
+# (largest M, config); source: calculated. dx reads the weight along its rows, so it wants wide, flat tiles.
+_CPU_FORWARD = (
+    (8, LinearConfig(ROWS, 8, 64, 4096)),
+    (16, LinearConfig(PANELS, 66, 256, 128)),
+    (64, LinearConfig(PANELS, 66, 128, 256)),
+    (132, LinearConfig(PANELS, 132, 256, 128)),
+    (2**63, LinearConfig(PANELS, 258, 256, 128)),
+)
+_CPU_BACKWARD = (
+    (8, LinearConfig(PANELS, 8, 1024, 64)),
+    (64, LinearConfig(PANELS, 66, 512, 64)),
+    (132, LinearConfig(PANELS, 132, 512, 64)),
+    (2**63, LinearConfig(PANELS, 258, 512, 64)),
 )
 
 
-def cpu_linear(M: int, threads: int) -> LinearConfig:
-    """Tiles of the host's fused linear for M tokens."""
-    path, block_m, block_n, block_k = next(row[1:] for row in _CPU_LINEAR if M <= row[0])
-    return LinearConfig(path, block_m, block_n, block_k, threads)
+def cpu_linear_fwd(M: int, threads: int) -> LinearConfig:
+    """Tiles of the host's forward, and of the two LoRA gradients, for M tokens."""
+    return _fitted(_CPU_FORWARD, M, threads)
+
+
+def cpu_linear_bwd(M: int, threads: int) -> LinearConfig:
+    """Tiles of the host's dx for M tokens."""
+    return _fitted(_CPU_BACKWARD, M, threads)
+
+
+def _fitted(rows: tuple[tuple[int, LinearConfig], ...], M: int, threads: int) -> LinearConfig:
+    """The row for M, with smaller tiles, then fewer threads, until the scratch fits: none of it changes a bit of the result."""
+    config = replace(next(config for most, config in rows if M <= most), threads=threads)
+    while config.scratch_bytes > SCRATCH_BYTES and config.block_n > 64:
+        config = replace(config, block_m=-(-config.block_m // 2), block_n=config.block_n // 2)
+    return replace(config, threads=min(threads, SCRATCH_BYTES * threads // config.scratch_bytes))

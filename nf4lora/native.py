@@ -74,8 +74,12 @@ def _config(config: heuristics.LinearConfig) -> LinearConfig:
     return LinearConfig(config.path, config.block_m, config.block_n, config.block_k, config.threads)
 
 
-def _configure(first: Tensor, *args: Any) -> heuristics.LinearConfig:
-    return heuristics.cpu_linear(first.shape[0], torch.get_num_threads())
+def _tiles_fwd(first: Tensor, *args: Any) -> heuristics.LinearConfig:
+    return heuristics.cpu_linear_fwd(first.shape[0], torch.get_num_threads())
+
+
+def _tiles_bwd(first: Tensor, *args: Any) -> heuristics.LinearConfig:
+    return heuristics.cpu_linear_bwd(first.shape[0], torch.get_num_threads())
 
 
 def _cpu(op: str, configure: Callable[..., Any] | None = None) -> Callable[..., Any]:
@@ -109,7 +113,7 @@ def dequantize(packed, absmax, nested_absmax, offset, shape, blocksize, quant_ty
     return out
 
 
-@_cpu("linear_fwd", _configure)
+@_cpu("linear_fwd", _tiles_fwd)
 def linear_fwd(
     x, packed, absmax, nested_absmax, offset, bias, lora_A, lora_B, seed, N, blocksize, quant_type, scaling, dropout_p, config
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
@@ -123,7 +127,7 @@ def linear_fwd(
     return y, xa
 
 
-@_cpu("linear_bwd", _configure)
+@_cpu("linear_bwd", _tiles_bwd)
 def linear_bwd(
     dy, packed, absmax, nested_absmax, offset, lora_A, dyb, seed, K, blocksize, quant_type, dropout_p, config
 ) -> Tensor:  # fmt: skip
@@ -136,7 +140,7 @@ def linear_bwd(
     return dx
 
 
-@_cpu("lora_bwd", _configure)
+@_cpu("lora_bwd", _tiles_fwd)
 def lora_bwd(dy, x, xa, lora_A, lora_B, seed, scaling, dropout_p, need_dA, need_dB, config) -> tuple[Tensor, Tensor, Tensor]:
     dy, lora_B = map(_contiguous, (dy, lora_B))
     x, xa = x.contiguous() if need_dA else None, xa.contiguous() if need_dB else None

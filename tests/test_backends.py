@@ -82,6 +82,7 @@ def test_the_library_says_why_it_does_not_load(monkeypatch, tmp_path):
 @pytest.mark.parametrize("name", ["cpu", "reference"])
 def test_the_backward_follows_the_forward(calls, name):
     case = random_case(5, 12, 64, 3)
+    calls.clear()
     x, lora_A = case.x.requires_grad_(), case.lora_A.requires_grad_()
     with backends.use_backend(name):
         y = linear_4bit(x, case.packed, case.state, None, lora_A, case.lora_B)

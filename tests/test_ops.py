@@ -38,7 +38,7 @@ def samples(name):
 
 @pytest.mark.parametrize("name", NAMES)
 def test_opcheck(backend, name):
-    for args in samples(name):
+    for args in list(samples(name))[:: 5 if backend == "cpu" else 11]:
         torch.library.opcheck(getattr(ops, name), args)  # all of torch's test utilities
 
 

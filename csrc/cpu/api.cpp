@@ -30,7 +30,6 @@ struct Ops {
     decltype(&portable::quantize) quantize;
     decltype(&portable::quantize_absmax) quantize_absmax;
     decltype(&portable::dequantize) dequantize;
-    decltype(&portable::dequantize_absmax) dequantize_absmax;
     decltype(&portable::linear_fwd) linear_fwd;
     decltype(&portable::linear_bwd) linear_bwd;
     decltype(&portable::lora_bwd) lora_bwd;
@@ -38,8 +37,8 @@ struct Ops {
 
 #define NF4LORA_OPS(isa, available)                                                                                \
     Ops {                                                                                                          \
-        #isa, available, isa::quantize, isa::quantize_absmax, isa::dequantize, isa::dequantize_absmax,             \
-            isa::linear_fwd, isa::linear_bwd, isa::lora_bwd                                                        \
+        #isa, available, isa::quantize, isa::quantize_absmax, isa::dequantize, isa::linear_fwd, isa::linear_bwd,   \
+            isa::lora_bwd                                                                                          \
     }
 
 Ops choose() {
@@ -74,7 +73,6 @@ const char *nf4lora_cpu_isa() { return ops().name; }
 NF4LORA_FORWARD(quantize, QuantizeParams)
 NF4LORA_FORWARD(quantize_absmax, QuantizeAbsmaxParams)
 NF4LORA_FORWARD(dequantize, DequantizeParams)
-NF4LORA_FORWARD(dequantize_absmax, DequantizeAbsmaxParams)
 NF4LORA_FORWARD(linear_fwd, LinearFwdParams)
 NF4LORA_FORWARD(linear_bwd, LinearBwdParams)
 NF4LORA_FORWARD(lora_bwd, LoraBwdParams)

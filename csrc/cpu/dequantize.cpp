@@ -1,6 +1,5 @@
-// dequantize:        out[i] = codebook[code i] * absmax[i / blocksize]
-// dequantize_absmax: out[i] = dynamic[code i] * nested_absmax[i / nested_blocksize] + offset
-// Operands:      packed uint8 [ceil(rows*cols/2)], absmax as Weight says -> out dtype [rows*cols]; out fp32 [nblocks]
+// out[i] = codebook[code i] * absmax[i / blocksize]; a nested absmax is decoded in the same pass
+// Operands:      packed uint8 [ceil(rows*cols/2)], absmax as Weight says -> out dtype [rows*cols]
 // Rounding:      the product in fp32, then to dtype (nearest even); the nested absmax rounds its product and its sum
 // Preconditions: blocksize and nested_blocksize at least 1; ops.py checks the operands
 // Memory:        reads numel / 2 bytes and the absmax, writes numel * sizeof(dtype); no allocation
@@ -28,13 +27,6 @@ const char *dequantize(const DequantizeParams &p) {
         decode_elements(p.w, first, count, values);
         store_elements(p.out, p.dtype, first, count, values);
     }
-    return nullptr;
-}
-
-const char *dequantize_absmax(const DequantizeAbsmaxParams &p) {
-    const int64_t nblocks = ceil_div(p.w.rows * p.w.cols, p.w.blocksize);
-    for (int64_t block = 0; block < nblocks; ++block)
-        p.out[block] = block_absmax(p.w, block);
     return nullptr;
 }
 

@@ -8,7 +8,6 @@ namespace NF4LORA_ISA {
 const char *quantize(const QuantizeParams &);
 const char *quantize_absmax(const QuantizeAbsmaxParams &);
 const char *dequantize(const DequantizeParams &);
-const char *dequantize_absmax(const DequantizeAbsmaxParams &);
 const char *linear_fwd(const LinearFwdParams &);
 const char *linear_bwd(const LinearBwdParams &);
 const char *lora_bwd(const LoraBwdParams &);

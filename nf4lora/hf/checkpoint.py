@@ -1,8 +1,7 @@
 """Checkpoint folders that are published whole or not at all: safetensors, JSON and text, never pickle.
 
 A folder is written under a temporary name beside its target, every file flushed, `manifest.json` (size and SHA-256 of
-the others) last, and renamed in one step. A kill leaves older checkpoints whole, and at most a temporary folder, which
-the next save sweeps.
+the others) last, and renamed in one step. A kill leaves older checkpoints whole, and a temporary folder at most.
 """
 
 import fcntl
@@ -22,11 +21,9 @@ import safetensors.torch
 from safetensors import SafetensorError
 from torch import Tensor
 
-MANIFEST = "manifest.json"
-FORMAT = "nf4lora-checkpoint-1"
+MANIFEST, FORMAT = "manifest.json", "nf4lora-checkpoint-1"
 JSON_LIMIT = 1 << 20
-_STEP = re.compile(r"checkpoint-(\d{1,18})")
-_TEMP = ".nf4lora-tmp-"
+_STEP, _TEMP = re.compile(r"checkpoint-(\d{1,18})"), ".nf4lora-tmp-"
 
 
 class CheckpointError(ValueError):
