@@ -15,8 +15,9 @@ import pytest
 import safetensors.torch
 import torch
 
-from nf4lora.hf import checkpoint
-from nf4lora.hf.checkpoint import CheckpointError, latest, parse_json, parse_tensors, publish, read, save, sweep
+from nf4lora.hf import atomic, checkpoint
+from nf4lora.hf.atomic import sweep
+from nf4lora.hf.checkpoint import CheckpointError, latest, parse_json, parse_tensors, publish, read, save
 
 SIZE = 1 << 18
 
@@ -30,7 +31,7 @@ def step_of(folder: Path) -> int:
 
 
 def temporaries(root: Path) -> list[Path]:
-    return list(root.glob(checkpoint._TEMP + "*"))
+    return list(root.glob(atomic.TEMP + "*"))
 
 
 def in_child(action) -> int:
@@ -76,7 +77,7 @@ def test_row26_sigkill_at_random_times_leaves_a_complete_newest_checkpoint(tmp_p
 @pytest.mark.parametrize("call", ["write_bytes", "fsync", "rename", "mkdtemp"])
 def test_row26_a_fault_at_every_call_leaves_the_old_checkpoint(tmp_path, monkeypatch, call):
     save(tmp_path, 1, files(1))
-    owner = {"write_bytes": Path, "rename": Path, "fsync": os, "mkdtemp": checkpoint.tempfile}[call]
+    owner = {"write_bytes": Path, "rename": Path, "fsync": os, "mkdtemp": atomic.tempfile}[call]
     original, left = getattr(owner, call), None
 
     def faulty(*args, **kwargs):
@@ -115,6 +116,7 @@ def test_row26_replacing_a_folder_rolls_back_when_the_rename_fails(tmp_path, mon
             raise OSError(errno.EIO, os.strerror(errno.EIO))
         return original(self, to)
 
+    monkeypatch.setattr(atomic, "_exchange", lambda one, other: False)  # a file system that cannot exchange names
     with monkeypatch.context() as patch:
         patch.setattr(Path, "rename", rename)
         with pytest.raises(OSError, match="adapter"):
@@ -124,12 +126,20 @@ def test_row26_replacing_a_folder_rolls_back_when_the_rename_fails(tmp_path, mon
     assert step_of(target) == 3 and temporaries(tmp_path) == []
 
 
+def test_row26_a_folder_is_replaced_in_one_step(tmp_path, monkeypatch):
+    target = tmp_path / "adapter"
+    publish(target, files(1))
+    monkeypatch.setattr(Path, "rename", None)  # the two-step way is not taken
+    publish(target, files(2))
+    assert step_of(target) == 2 and temporaries(tmp_path) == []
+
+
 def test_row26_a_living_saver_keeps_its_temporary_folder(tmp_path):
     with checkpoint._temporary(tmp_path) as temp:
         sweep(tmp_path)
         assert temp.is_dir()
     assert not temp.exists()
-    dead = tmp_path / (checkpoint._TEMP + "dead")
+    dead = tmp_path / (atomic.TEMP + "dead")
     dead.mkdir()
     (dead / "part").write_bytes(b"x")
     sweep(tmp_path)
@@ -249,7 +259,7 @@ def test_row23_truncated_or_corrupt_safetensors():
 
 
 def test_a_swept_folder_of_many_files_is_gone(tmp_path):
-    dead = tmp_path / (checkpoint._TEMP + "x")
+    dead = tmp_path / (atomic.TEMP + "x")
     shutil.copytree(save(tmp_path, 1, files(1)), dead)
     save(tmp_path, 2, files(2))
     assert temporaries(tmp_path) == []

@@ -4,16 +4,14 @@ A folder is written under a temporary name beside its target, every file flushed
 the others) last, and renamed in one step. A kill leaves older checkpoints whole, and a temporary folder at most.
 """
 
-import fcntl
 import hashlib
 import json
 import os
 import re
 import shutil
 import stat
-import tempfile
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager, nullcontext, suppress
+from collections.abc import Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -21,9 +19,11 @@ import safetensors.torch
 from safetensors import SafetensorError
 from torch import Tensor
 
+from . import atomic
+
 MANIFEST, FORMAT = "manifest.json", "nf4lora-checkpoint-1"
 JSON_LIMIT = 1 << 20
-_STEP, _TEMP = re.compile(r"checkpoint-(\d{1,18})"), ".nf4lora-tmp-"
+_STEP = re.compile(r"checkpoint-(\d{1,18})")
 
 
 class CheckpointError(ValueError):
@@ -46,22 +46,23 @@ def save(root: str | os.PathLike, step: int, files: Mapping[str, bytes], keep: i
 def publish(target: str | os.PathLike, files: Mapping[str, bytes]) -> None:
     """Write a folder of files and its manifest under a temporary name, flush them, and rename it to `target`.
 
-    A `target` that exists is moved aside first, and back if the rename fails. Raises: as `save`.
+    A `target` that exists is exchanged with it in one step, or where that is not to be had moved aside first, and back
+    if the rename fails. Raises: as `save`.
     """
     target = Path(target)
     for name in files:
         _plain(name, target)
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
-        sweep(target.parent)
-        with _temporary(target.parent) as temp:
+        atomic.sweep(target.parent)
+        with atomic.temporary(target.parent) as temp:
             entries = {}
             for name, data in files.items():
-                _write(temp / name, data)
+                atomic.write(temp / name, data)
                 entries[name] = {"sha256": hashlib.sha256(data).hexdigest(), "size": len(data)}
-            _write(temp / MANIFEST, json.dumps({"format": FORMAT, "files": entries}, indent=1).encode())
-            _flush(temp)
-            _rename(temp, target)
+            atomic.write(temp / MANIFEST, json.dumps({"format": FORMAT, "files": entries}, indent=1).encode())
+            atomic.flush(temp)
+            atomic.move(temp, target)
     except OSError as error:
         message = f"cannot write {target}: {error.strerror or error}; what was saved before is untouched"
         raise OSError(error.errno, message) from error
@@ -119,56 +120,6 @@ def parse_tensors(data: bytes, path: str | os.PathLike) -> dict[str, Tensor]:
         return safetensors.torch.load(data)
     except (SafetensorError, ValueError, KeyError) as error:
         raise CheckpointError(f"{path}: truncated or damaged safetensors file ({error})") from error
-
-
-def sweep(folder: Path) -> None:
-    """Remove the temporary folders of dead savers; a living one holds a lock on its own."""
-    for entry in folder.glob(_TEMP + "*"):
-        with suppress(OSError):
-            lock = os.open(entry, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW)
-            try:
-                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                shutil.rmtree(entry)
-            finally:
-                os.close(lock)
-
-
-@contextmanager
-def _temporary(parent: Path) -> Iterator[Path]:
-    temp = Path(tempfile.mkdtemp(prefix=_TEMP, dir=parent))
-    lock = os.open(temp, os.O_RDONLY | os.O_DIRECTORY)
-    try:
-        fcntl.flock(lock, fcntl.LOCK_SH)
-        yield temp
-    finally:
-        os.close(lock)
-        shutil.rmtree(temp, ignore_errors=True)  # holds what was replaced, or what could not be finished
-
-
-def _rename(temp: Path, target: Path) -> None:
-    with _temporary(target.parent) if target.exists() else nullcontext() as replaced:
-        if replaced:
-            target.rename(replaced)
-        try:
-            temp.rename(target)
-        except OSError:
-            if replaced:
-                replaced.rename(target)
-            raise
-    _flush(target.parent)
-
-
-def _write(path: Path, data: bytes) -> None:
-    path.write_bytes(data)
-    _flush(path)
-
-
-def _flush(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
 
 
 def _read(path: Path, limit: int) -> bytes:
