@@ -135,7 +135,7 @@ def test_row26_a_folder_is_replaced_in_one_step(tmp_path, monkeypatch):
 
 
 def test_row26_a_living_saver_keeps_its_temporary_folder(tmp_path):
-    with checkpoint._temporary(tmp_path) as temp:
+    with atomic.temporary(tmp_path) as temp:
         sweep(tmp_path)
         assert temp.is_dir()
     assert not temp.exists()
