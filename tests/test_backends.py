@@ -5,7 +5,7 @@ import threading
 import pytest
 import torch
 
-from nf4lora import backends, linear_4bit, native, ops
+from nf4lora import backends, heuristics, linear_4bit, native, ops
 from nf4lora.testing import random_case
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -126,3 +126,12 @@ def test_report_names_every_back_end_once():
     assert by_name["cpu", "cpu"] is None and by_name["cpu", "reference"] is None
     if not torch.cuda.is_available():
         assert all(by_name["cuda", b] for b in backends.PRIORITY["cuda"])
+
+
+@pytest.mark.parametrize("choose", [heuristics.cpu_linear_fwd, heuristics.cpu_linear_bwd])
+def test_host_tiles_fit_their_scratch(choose):
+    for threads in (1, 2, 3, 16, 64, 255):
+        for M in (0, 1, 8, 9, 64, 65, 512, 10**6, 2**40):
+            config = choose(M, threads)
+            assert config.scratch_bytes <= 8 * 2**20 and config.block_k % 64 == 0
+            assert 1 <= config.threads <= threads and min(config.block_m, config.block_n) >= 1

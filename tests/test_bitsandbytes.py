@@ -126,9 +126,9 @@ def test_shapes_and_strides_do_not_matter(bnb, figures, backend):
 
 def test_at_least_1e8_elements_were_compared(figures, request):
     """Runs after the byte tests above; alone it has nothing to judge."""
-    ran = {item.originalname for item in request.session.items}
-    if "test_bytes_equal_on_whole_blocks" not in ran:
-        pytest.skip("the byte tests were not selected")
+    ran = [item.originalname for item in request.session.items]
+    if ran.count("test_bytes_equal_on_whole_blocks") < len(FLOATS) * len(QUANT_TYPES) or hasattr(request.config, "workerinput"):
+        pytest.skip("not all byte tests were selected for this process")
     assert figures[COMPARED] >= 10**8
 
 
