@@ -7,7 +7,6 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from . import backends, checks
 from . import native as native  # enters the rows of the "cpu" back end

@@ -3,8 +3,8 @@
 import os
 from collections import Counter
 
-# Before torch loads OpenMP: on a busy machine, threads that spin while they wait take the time of those that work.
-os.environ.setdefault("OMP_WAIT_POLICY", "passive")
+# Before torch loads OpenMP, and for subprocesses: on a busy machine, threads that spin long take the time of those that work.
+os.environ.setdefault("GOMP_SPINCOUNT", "50000")
 
 import hypothesis  # noqa: E402
 import pytest  # noqa: E402

@@ -21,7 +21,6 @@ from nf4lora.hf import load_adapter
 from nf4lora.hf.checkpoint import latest, read
 from nf4lora.nn import replace_linears
 
-ENVIRONMENT = {"OMP_WAIT_POLICY": "PASSIVE"} | os.environ
 CHAT = "{% for m in messages %}<{{ m.role }}>{{ m.content }}{% endfor %}"
 OPTIONS = {
     "--r": 4, "--alpha": 8, "--dropout": 0.1, "--lr": 5e-3, "--lr-scheduler": "cosine", "--warmup-ratio": 0.2,
@@ -119,7 +118,7 @@ def test_row28_killed_and_resumed_gives_equal_bits(model, data, tmp_path, finetu
         "user.save = save_and_die\napp.run()"
     )
     command = [sys.executable, "-c", dies, *arguments(model, data, tmp_path / "out", *flags)]
-    assert subprocess.run(command, env=ENVIRONMENT, capture_output=True).returncode == -signal.SIGKILL
+    assert subprocess.run(command, capture_output=True).returncode == -signal.SIGKILL
     assert latest(tmp_path / "out").name == "checkpoint-4" and not (tmp_path / "out" / "adapter").exists()
     resumed = finetune(model, data, tmp_path / "out", "--resume", *flags)
     assert resumed["losses"] == whole["losses"] and len(whole["losses"]) == 8
@@ -142,7 +141,7 @@ def test_row28_ctrl_c_saves_and_resumes(model, data, tmp_path, finetune):
     output = tmp_path / "out"
     command = [sys.executable, "-m", "nf4lora.cli", *arguments(model, data, output, max_steps=120, save_steps=3)]
     with subprocess.Popen(
-        command, env=ENVIRONMENT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+        command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
     ) as process:
         until = time.monotonic() + 120
         while not list(output.glob("checkpoint-*")):
