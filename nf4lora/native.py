@@ -2,6 +2,7 @@
 
 import ctypes
 import os
+import warnings
 from collections.abc import Callable
 from ctypes import POINTER, Structure, byref, c_char_p
 from functools import cache
@@ -27,7 +28,7 @@ def library() -> tuple[ctypes.CDLL | None, str | None]:
     """The loaded library and None, or None and the reason why not. Loaded by its path in the package, nowhere else."""
     path = Path(__file__).with_name("libnf4lora_cpu.so")
     if not path.exists():
-        return None, f"{path.name} was not built: reinstall nf4lora where a C++ compiler is found"
+        return None, f"{path.name} was not built into {path.parent}: reinstall nf4lora, or in a source tree start Python elsewhere"
     try:
         loaded = ctypes.CDLL(os.fspath(path))
     except OSError as error:
@@ -49,7 +50,10 @@ def isa() -> str | None:
 def why_not(*args: Any) -> str | None:
     if any(isinstance(a, Tensor) and a.dtype == torch.float64 for a in args) or torch.float64 in args[-1:]:
         return "float64 is for the reference"
-    return library()[1]
+    reason = library()[1]
+    if args and reason:
+        warnings.warn(f"nf4lora runs without its kernels, on the slow reference: {reason}", RuntimeWarning, stacklevel=4)
+    return reason
 
 
 def _run(name: str, params: Structure) -> None:

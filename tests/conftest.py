@@ -5,6 +5,8 @@ from collections import Counter
 
 # Before torch loads OpenMP, and for subprocesses: on a busy machine, threads that spin long take the time of those that work.
 os.environ.setdefault("GOMP_SPINCOUNT", "50000")
+# Subprocesses test what is installed, not the source tree they are started in.
+os.environ["PYTHONSAFEPATH"] = "1"
 
 import hypothesis  # noqa: E402
 import pytest  # noqa: E402

@@ -102,5 +102,5 @@ def test_install_with_a_compiler_that_is_not_there_says_so(tree, tmp_path):
 
 
 def test_the_bare_name_triton_kernels_is_refused():
-    done = run(sys.executable, "-c", "import triton_kernels", cwd=ROOT)
+    done = run(sys.executable, "-c", "import triton_kernels", cwd=ROOT, PYTHONSAFEPATH="")
     assert done.returncode != 0 and "nf4lora.triton_kernels" in done.stderr

@@ -50,7 +50,8 @@ def run(settings: Settings, as_json: bool) -> None:
 def _process(method: str, settings: Settings, output: Path) -> dict[str, Any]:
     """Run one method in a process of its own and show its progress. Returns its result."""
     name = NAMES[method]
-    command = [sys.executable, "-m", "nf4lora.cli.methods", method, json.dumps(settings.as_json())]
+    # -P: run from a source tree, it would else import that tree, which may hold no kernels
+    command = [sys.executable, "-P", "-m", "nf4lora.cli.methods", method, json.dumps(settings.as_json())]
     log = output / "logs" / f"{method}.log"
     result = error = None
     # OpenMP threads that spin long while they wait make a busy machine several times slower, and ones that never spin an
