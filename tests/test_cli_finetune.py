@@ -200,12 +200,12 @@ def test_epochs_set_the_steps(model, tmp_path, finetune, monkeypatch):
 def test_row27_no_room_for_a_checkpoint(model, data, tmp_path, monkeypatch, capsys):
     import errno
 
-    from nf4lora.hf import checkpoint
+    from nf4lora.hf import atomic
 
     def full(*args):
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
-    monkeypatch.setattr(checkpoint, "_write", full)
+    monkeypatch.setattr(atomic, "write", full)
     monkeypatch.setattr(sys, "argv", ["nf4lora", *arguments(model, data, tmp_path / "out")])
     assert app.run() == 1
     err = capsys.readouterr().err.splitlines()[-1]
