@@ -7,9 +7,10 @@ from torch import Tensor
 
 from . import backends
 from .codebook import BLOCKSIZES, NESTED_BLOCKSIZE, QUANT_TYPES
+from .quant_keys import DTYPES
 from .quant_state import ceil_div
 
-FLOATS = (torch.float32, torch.bfloat16, torch.float16)
+FLOATS = tuple(DTYPES.values())
 
 
 def quantize(a: Tensor, blocksize: int, quant_type: str) -> None:

@@ -19,6 +19,7 @@ from .abi import (
 )  # fmt: skip
 from .backends import implements
 from .codebook import NESTED_BLOCKSIZE, QUANT_TYPES
+from .quant_state import ceil_div
 
 _DTYPE = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 
@@ -93,8 +94,8 @@ def _cpu(op: str, configure: Callable[..., Any] | None = None) -> Callable[..., 
 @_cpu("quantize")
 def quantize(a: Tensor, blocksize: int, quant_type: str) -> tuple[Tensor, Tensor]:
     a = a.contiguous()
-    packed = a.new_empty((-(-a.numel() // 2), 1), dtype=torch.uint8)
-    absmax = a.new_empty(-(-a.numel() // blocksize), dtype=torch.float32)
+    packed = a.new_empty((ceil_div(a.numel(), 2), 1), dtype=torch.uint8)
+    absmax = a.new_empty(ceil_div(a.numel(), blocksize), dtype=torch.float32)
     _run("quantize", QuantizeParams(*map(_pointer, (a, packed, absmax)), a.numel(), blocksize, _code(a),
                                     QUANT_TYPES.index(quant_type), torch.get_num_threads()))  # fmt: skip
     return packed, absmax
@@ -103,7 +104,7 @@ def quantize(a: Tensor, blocksize: int, quant_type: str) -> tuple[Tensor, Tensor
 @_cpu("quantize_absmax")
 def quantize_absmax(absmax: Tensor, offset: Tensor) -> tuple[Tensor, Tensor]:
     codes = torch.empty_like(absmax, dtype=torch.uint8)
-    nested = absmax.new_empty(-(-absmax.numel() // NESTED_BLOCKSIZE))
+    nested = absmax.new_empty(ceil_div(absmax.numel(), NESTED_BLOCKSIZE))
     _run("quantize_absmax", QuantizeAbsmaxParams(*map(_pointer, (absmax, offset, codes, nested)), absmax.numel(),
                                                  NESTED_BLOCKSIZE))  # fmt: skip
     return codes, nested

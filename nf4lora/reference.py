@@ -24,7 +24,7 @@ def quantize(a: Tensor, blocksize: int, quant_type: str) -> tuple[Tensor, Tensor
     codes = code_order(quant_type, a.device)[torch.bucketize(blocks, boundaries(quant_type, a.device))]
     codes = codes.reshape(-1)[: a.numel()].to(torch.uint8)
     if a.numel() % 2:
-        zero = code_order(quant_type, a.device)[7].to(torch.uint8)
+        zero = code_order(quant_type, a.device)[7].to(torch.uint8)  # seven negative values stand before 0 in both tables
         codes = torch.cat([codes, zero.reshape(1)])
     return ((codes[0::2] << 4) | codes[1::2]).unsqueeze(1), absmax
 

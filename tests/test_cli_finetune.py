@@ -17,8 +17,9 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, Llama
 
 from nf4lora.cli import app, train
 from nf4lora.cli.settings import RunFailed, Settings
+from nf4lora.cli.state import STATE
 from nf4lora.hf import load_adapter
-from nf4lora.hf.checkpoint import latest, read
+from nf4lora.hf.checkpoint import latest, publish, read
 from nf4lora.nn import replace_linears
 
 CHAT = "{% for m in messages %}<{{ m.role }}>{{ m.content }}{% endfor %}"
@@ -178,6 +179,23 @@ def test_a_damaged_newest_checkpoint_is_passed_over(model, data, tmp_path, finet
         file.truncate(100)
     assert latest(tmp_path / "out").name == "checkpoint-6"
     assert finetune(model, data, tmp_path / "out", "--resume")["losses"] == whole["losses"]
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"param_groups": None}, {"param_groups": []}, {"scheduler": []}, {"settings": []}, {"settings": None},
+        {"data_sha256": 3},
+    ],
+)  # fmt: skip
+def test_a_state_of_another_kind_is_refused_in_one_line(model, data, tmp_path, finetune, monkeypatch, capsys, change):
+    """Its manifest is right, so it is no damage: somebody else wrote it."""
+    finetune(model, data, tmp_path / "out")
+    newest = latest(tmp_path / "out")
+    files = read(newest)
+    files[STATE] = json.dumps(json.loads(files[STATE]) | change).encode()
+    publish(newest, files)
+    assert "--resume: " in refusal(monkeypatch, capsys, model, data, tmp_path / "out", "--resume")
 
 
 def test_text_and_chat_files(model, tmp_path, finetune):

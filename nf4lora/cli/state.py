@@ -43,7 +43,14 @@ def restore(run: Run, folder: Path) -> None:
     if absent := {TENSORS, STATE} - files.keys():
         raise CheckpointError(f"{folder}: no {', '.join(sorted(absent))}: not a checkpoint of nf4lora finetune")
     state, tensors = parse_json(files[STATE], folder / STATE), parse_tensors(files[TENSORS], folder / TENSORS)
-    _check(run, state, folder)
+    try:
+        _check(run, state, folder)
+        _apply(run, files, state, tensors, folder)
+    except (AttributeError, IndexError, KeyError, RuntimeError, TypeError) as error:
+        raise CheckpointError(f"{folder}: not a state this run can take ({type(error).__name__}: {error}); {ADVICE}") from error
+
+
+def _apply(run: Run, files: dict[str, bytes], state: dict, tensors: dict[str, Tensor], folder: Path) -> None:
     optimizer: dict[int, dict[str, Tensor]] = {}
     for key, value in tensors.items():
         if key.startswith("optimizer."):
