@@ -13,3 +13,8 @@ NF4LORA_API const char *nf4lora_cpu_linear_bwd(const nf4lora::LinearBwdParams *)
 NF4LORA_API const char *nf4lora_cpu_lora_bwd(const nf4lora::LoraBwdParams *);
 // Name of the instruction set in use: "avx512", "avx2" or "portable". NF4LORA_CPU_ISA forces one the processor has.
 NF4LORA_API const char *nf4lora_cpu_isa();
+
+// libnf4lora_cuda.so: the same arguments in device memory, and the stream to run on. Nothing synchronizes.
+NF4LORA_API const char *nf4lora_cuda_quantize(const nf4lora::QuantizeParams *, void *stream);
+NF4LORA_API const char *nf4lora_cuda_quantize_absmax(const nf4lora::QuantizeAbsmaxParams *, void *stream);
+NF4LORA_API const char *nf4lora_cuda_dequantize(const nf4lora::DequantizeParams *, void *stream);

@@ -30,7 +30,7 @@ struct QuantizeParams {
     int64_t blocksize;
     int32_t dtype;      // Dtype of a
     int32_t quant_type; // QuantType
-    int32_t threads;
+    int32_t workers;    // host: threads; CUDA: thread blocks
 };
 
 struct QuantizeAbsmaxParams {
@@ -44,9 +44,9 @@ struct QuantizeAbsmaxParams {
 
 struct DequantizeParams {
     Weight w;
-    void *out;      // dtype [rows*cols]
-    int32_t dtype;  // Dtype of out
-    int32_t threads;
+    void *out;        // dtype [rows*cols]
+    int32_t dtype;    // Dtype of out
+    int32_t workers;  // host: threads; CUDA: thread blocks
 };
 
 // Inverted dropout regenerated from its seed: Philox4x32-10, key = seed, counter = flat index / 4 of the [M, K] input.

@@ -12,7 +12,7 @@ class Weight(Structure):
 
 class QuantizeParams(Structure):
     _fields_ = [("a", _P), ("packed", _P), ("absmax", _P), ("numel", _L), ("blocksize", _L), ("dtype", _I),
-                ("quant_type", _I), ("threads", _I)]  # fmt: skip
+                ("quant_type", _I), ("workers", _I)]  # fmt: skip
 
 
 class QuantizeAbsmaxParams(Structure):
@@ -21,7 +21,7 @@ class QuantizeAbsmaxParams(Structure):
 
 
 class DequantizeParams(Structure):
-    _fields_ = [("w", Weight), ("out", _P), ("dtype", _I), ("threads", _I)]
+    _fields_ = [("w", Weight), ("out", _P), ("dtype", _I), ("workers", _I)]
 
 
 class Dropout(Structure):

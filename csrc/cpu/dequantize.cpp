@@ -14,7 +14,7 @@ const char *dequantize(const DequantizeParams &p) {
     constexpr int64_t kPiece = 2048;  // elements held as fp32 before they are rounded
     const int64_t numel = p.w.rows * p.w.cols;
     const int64_t pieces = ceil_div(numel, kPiece);
-    const int threads = static_cast<int>(max_of(1, min_of(p.threads, pieces)));
+    const int threads = static_cast<int>(max_of(1, min_of(p.workers, pieces)));
     (void)threads;  // unread where OpenMP is off
     NF4LORA_OMP(omp parallel for num_threads(threads) schedule(static))
     for (int64_t piece = 0; piece < pieces; ++piece) {

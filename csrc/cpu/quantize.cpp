@@ -75,7 +75,7 @@ void quantize_block(const QuantizeParams &p, const Codebook &book, int64_t block
 const char *quantize(const QuantizeParams &p) {
     const Codebook &book = codebook(p.quant_type);
     const int64_t nblocks = ceil_div(p.numel, p.blocksize);
-    const int threads = static_cast<int>(max_of(1, min_of(p.threads, nblocks)));
+    const int threads = static_cast<int>(max_of(1, min_of(p.workers, nblocks)));
     (void)threads;  // unread where OpenMP is off
     NF4LORA_OMP(omp parallel for num_threads(threads) schedule(static))
     for (int64_t block = 0; block < nblocks; ++block)

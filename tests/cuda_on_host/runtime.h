@@ -1,0 +1,82 @@
+// The machine that runs CUDA kernels on the CPU: one fiber a CUDA thread, one block (or all of them) at a time.
+// cuda_on_host.h and verbs.h are written on top of these functions; kernels never see them.
+//
+// Every `site` is "file:line" of the kernel text. An error found while a kernel runs ends that launch, which then returns
+// the message; no function here ends the process.
+#pragma once
+#include <cstddef>
+#include <cstdint>
+#include <functional>
+
+#include <vector_types.h>
+
+namespace cuda_on_host {
+
+// ---- who is asking (never instrumented, so that reading them is no memory access of the kernel)
+uint3 thread_index();
+uint3 block_index();
+dim3 block_dim();
+dim3 grid_dim();
+unsigned lane();         // 0..31
+unsigned warp();         // in the block
+unsigned thread();       // linear, in the block
+char *shared_memory();   // of the block, 1024-byte aligned, 0xFF at the block's start
+size_t shared_bytes();
+
+// ---- errors: records "kind at site, block (x,y,z) thread t: detail" and abandons the launch
+[[noreturn]] void fail(const char *kind, const char *site, const char *detail, ...) __attribute__((format(printf, 3, 4)));
+
+// ---- meeting points
+void barrier_sync(unsigned id, unsigned threads, const char *site);    // threads 0: all that are alive (__syncthreads)
+void barrier_arrive(unsigned id, unsigned threads, const char *site);  // bar.arrive: does not wait
+// All lanes of `mask` meet; the last to come runs `last(lanes, mask)`, lanes[l] being lane l's `mine`. `memory`: the meeting
+// also orders memory among the lanes (__syncwarp), which a shuffle alone does not.
+void warp_meet(unsigned mask, void *mine, void (*last)(void **lanes, unsigned mask), const char *site, bool memory);
+// Blocks until ready(arg) holds; re-evaluated whenever any thread has run. For flags in memory and mbarriers.
+void wait_until(bool (*ready)(void *), void *arg, const char *site);
+// A thread that only looks again later: __nanosleep, the body of a spin loop.
+void yield(const char *site);
+
+// ---- asynchronous work: lands at issue in eager schedules, and as late as the waits allow in the others
+enum class Queue { kCopy, kMatrix };  // cp.async of one thread; wgmma of one warp
+void async_issue(Queue queue, std::function<void()> work, const char *site);
+void async_commit(Queue queue, const char *site);
+void async_wait(Queue queue, unsigned groups_left, const char *site);  // 0: everything committed has landed
+bool eager();  // this schedule lands asynchronous work at its earliest legal time
+
+// ---- mbarriers (64 bits of shared memory, by address) and bulk copies that complete on them
+void mbarrier_init(uint64_t *b, unsigned count, const char *site);
+void mbarrier_inval(uint64_t *b, const char *site);
+void mbarrier_arrive(uint64_t *b, unsigned expected_bytes, const char *site);  // arrive.expect_tx where bytes > 0
+bool mbarrier_test(uint64_t *b, unsigned parity, const char *site);
+void mbarrier_wait(uint64_t *b, unsigned parity, const char *site);
+// Global -> shared; both 16-byte aligned, bytes a multiple of 16. Counts against b's expected bytes when it lands.
+void bulk_copy(void *shared, const void *global, uint32_t bytes, uint64_t *b, const char *site);
+
+// ---- what the checker is told of accesses made on a thread's behalf (asynchronous copies, ldmatrix, wgmma operands):
+// bounds, alignment, initialisation and races like those of any load or store; a no-op in builds without the checker
+enum class Access { kRead, kWrite, kAtomic };
+void access(const void *p, size_t bytes, Access how, const char *site);
+
+// ---- launching: null, or the first error's message (valid until the next launch in this process)
+const char *launch(dim3 grid, dim3 block, size_t shared_bytes, const std::function<void()> &body, const char *kernel);
+
+}  // namespace cuda_on_host
+
+// ---- the C control surface, loaded with ctypes beside nf4lora_cuda_*
+extern "C" {
+// 0: threads in order. Bit 0: one warp runs as far as it can; bit 1: asynchronous work lands early. Other bits: the seed.
+void cuda_on_host_schedule(uint32_t seed);
+// 1: all blocks of a grid are resident at once and take turns, for kernels whose blocks wait for one another.
+void cuda_on_host_resident(int32_t on);
+// Device memory. Kernels may touch registered memory, their shared memory, their stack, constants and arguments; nothing else.
+// `written` 0: reading a byte of it before a kernel has written it is an error.
+void cuda_on_host_register(const void *p, uint64_t bytes, int32_t written, const char *name);
+void cuda_on_host_forget_all();
+// "plain", "address" or "checker"
+const char *cuda_on_host_build();
+// After a launch of a checker build: one line "site kind accesses ratio" per access site of the kernel; kind is
+// "global load", "global store", "shared load" or "shared store", ratio the sectors (global) or wavefronts (shared) moved over
+// the ideal. Empty in other builds.
+const char *cuda_on_host_profile();
+}
