@@ -80,7 +80,7 @@ def environment() -> dict[str, object]:
         "processor": _processor(),
         "cores": os.cpu_count(),
         "threads": torch.get_num_threads(),
-        "isa": native.isa(),
+        "isa": native.host.isa(),
         "python": platform.python_version(),
         "torch": torch.__version__,
         "nf4lora": nf4lora.__version__,

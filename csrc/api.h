@@ -18,3 +18,5 @@ NF4LORA_API const char *nf4lora_cpu_isa();
 NF4LORA_API const char *nf4lora_cuda_quantize(const nf4lora::QuantizeParams *, void *stream);
 NF4LORA_API const char *nf4lora_cuda_quantize_absmax(const nf4lora::QuantizeAbsmaxParams *, void *stream);
 NF4LORA_API const char *nf4lora_cuda_dequantize(const nf4lora::DequantizeParams *, void *stream);
+// Why no kernel of the library can run on the current device: the driver is too old, or it has no code for the GPU. Null where they can.
+NF4LORA_API const char *nf4lora_cuda_why_not();

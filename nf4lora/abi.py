@@ -58,3 +58,6 @@ FUNCTIONS = {
     "linear_bwd": LinearBwdParams,
     "lora_bwd": LoraBwdParams,
 }
+
+# nf4lora_cuda_<name>, which take a stream beside it
+CUDA_FUNCTIONS = {name: FUNCTIONS[name] for name in ("quantize", "quantize_absmax", "dequantize")}

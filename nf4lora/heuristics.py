@@ -54,6 +54,22 @@ _CPU_BACKWARD = (
     (2**63, LinearConfig(PANELS, 258, 512, 64)),
 )
 
+# Thread blocks resident on a multiprocessor (2048 threads, 256 to a block), and weights a block takes at a time, as in
+# csrc/cuda/quantize.cu and dequantize.cu; source: calculated.
+CUDA_BLOCKS_PER_SM = 8
+CUDA_QUANTIZE_TILE = 2048
+CUDA_DEQUANTIZE_TILE = 8192
+
+
+def cuda_quantize(numel: int, multiprocessors: int) -> int:
+    """Thread blocks to quantize numel weights: those that fit the device at once, but none without work."""
+    return max(1, min(-(-numel // CUDA_QUANTIZE_TILE), CUDA_BLOCKS_PER_SM * multiprocessors))
+
+
+def cuda_dequantize(numel: int, multiprocessors: int) -> int:
+    """Thread blocks to dequantize numel weights: those that fit the device at once, but none without work."""
+    return max(1, min(-(-numel // CUDA_DEQUANTIZE_TILE), CUDA_BLOCKS_PER_SM * multiprocessors))
+
 
 def cpu_linear_fwd(M: int, threads: int) -> LinearConfig:
     """Tiles of the host's forward, and of the two LoRA gradients, for M tokens."""

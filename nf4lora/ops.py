@@ -10,6 +10,7 @@ import torch
 
 from . import backends, checks
 from . import native as native  # enters the rows of the "cpu" back end
+from . import native_cuda as native_cuda  # of "cuda"
 from . import reference
 from .codebook import NESTED_BLOCKSIZE
 from .quant_state import ceil_div

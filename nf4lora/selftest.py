@@ -111,7 +111,7 @@ def main(names: Sequence[str]) -> int:
         print(f"no such back end: {sorted(unknown)}; wanted some of {backends.names()}", file=sys.stderr)
         return 2
     start, failures = time.perf_counter(), 0
-    print(f"torch {torch.__version__}, {torch.get_num_threads()} threads, host kernels: {native.isa() or 'absent'}")
+    print(f"torch {torch.__version__}, {torch.get_num_threads()} threads, host kernels: {native.host.isa() or 'absent'}")
     for device, backend, dtype, checked, failure in run(names or backends.names()):
         failures += failure is not None
         verdict = "FAILED" if failure else "ok" if dtype else ""

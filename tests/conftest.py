@@ -41,7 +41,7 @@ def pytest_terminal_summary(terminalreporter, config):
 @pytest.fixture(params=BACKENDS)
 def backend(request):
     """Forces one back end for the test, each in turn. The host library must be there: absent is a failure, not a skip."""
-    if request.param == "cpu" and (why_not := native.library()[1]):
+    if request.param == "cpu" and (why_not := native.host.load()[1]):
         pytest.fail(why_not)
     with backends.use_backend(request.param):
         yield request.param
@@ -50,7 +50,7 @@ def backend(request):
 @pytest.fixture
 def cpu():
     """Forces the host library."""
-    if why_not := native.library()[1]:
+    if why_not := native.host.load()[1]:
         pytest.fail(why_not)
     with backends.use_backend("cpu"):
         yield

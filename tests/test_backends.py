@@ -63,12 +63,12 @@ def test_a_refusal_lists_every_back_end_and_its_reason(monkeypatch):
 
 
 def test_row_42_without_the_library_the_reference_runs_and_the_reason_is_kept(monkeypatch, calls):
-    monkeypatch.setattr(native, "library", lambda: (None, "libnf4lora_cpu.so was not built"))
+    monkeypatch.setattr(native.host, "load", lambda: (None, "libnf4lora_cpu.so was not built"))
     ops.quantize(A, 64, "nf4")
     assert calls == [("quantize", "reference")]
     with backends.use_backend("cpu"), pytest.raises(NotImplementedError, match="cpu: libnf4lora_cpu.so was not built"):
         ops.quantize(A, 64, "nf4")
-    assert native.isa() is None
+    assert native.host.isa() is None
     assert ("cpu", "cpu", "libnf4lora_cpu.so was not built") in backends.report()
 
 
@@ -76,7 +76,7 @@ def test_the_library_says_why_it_does_not_load(monkeypatch, tmp_path):
     (tmp_path / "libnf4lora_cpu.so").write_text("no ELF")
     for folder, words in ((tmp_path, "does not load"), (tmp_path / "elsewhere", "was not built")):
         monkeypatch.setattr(native, "__file__", str(folder / "native.py"))
-        assert words in native.library.__wrapped__()[1]
+        assert words in native.HostLibrary.load.__wrapped__(native.host)[1]
 
 
 @pytest.mark.parametrize("name", ["cpu", "reference"])

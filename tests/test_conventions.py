@@ -19,7 +19,8 @@ CODE = ("*.py", "*.cpp", "*.h", "*.cu", "*.cuh", "*.csv", "*.toml", "*.sh")
 FLOORS = (
     {"codebook", "heuristics", "quant_keys", "abi"},
     {"quant_state", "reference", "backends"},
-    {"native", "checks"},
+    {"native", "checks", "triton_rows"},
+    {"native_cuda"},
     {"ops"},
     {"autograd"},
     {"functional"},

@@ -4,6 +4,7 @@ instruction set of it that this processor has is right."""
 import ctypes
 import os
 import re
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -11,7 +12,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from nf4lora import abi, heuristics, native, ops
+from nf4lora import abi, heuristics, native, native_cuda, ops
 
 CSRC = Path(__file__).parents[1] / "csrc"
 KINDS = {
@@ -42,7 +43,7 @@ def ctypes_structs():
 
 def test_the_header_was_parsed():
     structs = header_structs()
-    assert structs["DequantizeParams"] == [("Weight", "w"), ("*", "out"), ("int32_t", "dtype"), ("int32_t", "threads")]
+    assert structs["DequantizeParams"] == [("Weight", "w"), ("*", "out"), ("int32_t", "dtype"), ("int32_t", "workers")]
     assert sum(len(fields) for fields in structs.values()) == source("params.h").count(";") - source("params.h").count("};")
 
 
@@ -76,23 +77,25 @@ def test_enums_equal_the_tables():
     assert enums["LinearPath"] == {f"k{p.name.capitalize()}": str(p.value) for p in heuristics.LinearPath}
 
 
-def test_every_function_of_the_api_is_exported():
-    library, why_not = native.library()
+def libraries():
+    """The host library always; the CUDA library wherever there is a compiler for it."""
+    return [native.host, native_cuda.cuda] if shutil.which("nvcc") else [native.host]
+
+
+@pytest.mark.parametrize("library", libraries(), ids=lambda library: library.prefix)
+def test_the_functions_of_the_api_are_exported_and_nothing_else(library):
+    loaded, why_not = library.load()
     assert why_not is None, why_not
-    declared = dict(re.findall(r"NF4LORA_API const char \*(\w+)\((?:const nf4lora::(\w+) \*)?\)", source("api.h")))
+    declared = re.findall(r"NF4LORA_API const char \*(\w+)\((?:const nf4lora::(\w+) \*)?(, void \*stream)?\)", source("api.h"))
     assert len(declared) == source("api.h").count("NF4LORA_API ") - 1  # one is the macro's own definition
-    for name in declared:
-        assert getattr(library, name)
-    for name, params in abi.FUNCTIONS.items():
-        assert declared[f"nf4lora_cpu_{name}"] == params.__name__
-        assert getattr(library, f"nf4lora_cpu_{name}").argtypes[0]._type_ is params
-
-
-def test_the_library_exports_nothing_else():
-    path = Path(native.__file__).with_name("libnf4lora_cpu.so")
-    symbols = subprocess.run(["nm", "-D", "--defined-only", path], capture_output=True, text=True, check=True).stdout
+    mine = {name: (params, bool(stream)) for name, params, stream in declared if name.startswith(f"nf4lora_{library.prefix}_")}
+    for name, params in library.functions.items():
+        assert mine[f"nf4lora_{library.prefix}_{name}"] == (params.__name__, library.stream)
+        argtypes = getattr(loaded, f"nf4lora_{library.prefix}_{name}").argtypes
+        assert argtypes[0]._type_ is params and len(argtypes) == 1 + library.stream
+    symbols = subprocess.run(["nm", "-D", "--defined-only", library.path()], capture_output=True, text=True, check=True).stdout
     named = {line.split()[-1] for line in symbols.splitlines() if line.split()[-2] in "TDB"}
-    assert {n for n in named if not n.startswith("_")} == set(re.findall(r"nf4lora_cpu_\w+", source("api.h")))
+    assert {n for n in named if not n.startswith("_")} == set(mine)
 
 
 def processor_has(isa):
@@ -125,7 +128,7 @@ for dtype in (torch.float32, torch.bfloat16, torch.float16):
             packed, state = quantize_4bit(a.to(dtype), 64, nested, quant_type)
             for t in (packed, state.absmax, dequantize_4bit(packed, state)):
                 h.update(t.reshape(-1).view(torch.uint8).numpy().tobytes())
-print(native.isa(), h.hexdigest())
+print(native.host.isa(), h.hexdigest())
 """
     sums = {}
     for isa in filter(processor_has, ("portable", "avx2", "avx512")):
@@ -141,6 +144,6 @@ def test_a_message_of_the_library_becomes_an_error(cpu, monkeypatch):
         def nf4lora_cpu_quantize(params):
             return b"out of memory"
 
-    monkeypatch.setattr(native, "library", lambda: (Failing, None))
+    monkeypatch.setattr(native.host, "load", lambda: (Failing, None))
     with pytest.raises(RuntimeError, match="cpu quantize: out of memory"):
         ops.quantize(torch.zeros(64), 64, "nf4")

@@ -255,8 +255,8 @@ def test_row_10_more_than_2_to_the_31_elements(cpu):
     assert same_bits(packed[2**30 :], wanted_packed) and same_bits(absmax[-1:], wanted_absmax)
     assert absmax[:-1].count_nonzero() == 0 and bool((packed[:999] == 0x77).all()) and bool((packed[2**30 - 999 : 2**30] == 0x77).all())
     # As the op does it, but into `a`, whose pages are there already
-    weight = native._weight(packed, absmax, None, None, 1, numel, 4096, "nf4")
+    weight = native.host._weight(packed, absmax, None, None, 1, numel, 4096, "nf4")
     a[-tail - 5000 :] = 1.0
-    native._run("dequantize", abi.DequantizeParams(weight, a.data_ptr(), 1, 2))
+    native.host.run("dequantize", abi.DequantizeParams(weight, a.data_ptr(), 1, 2), a.device)
     wanted = reference.dequantize(wanted_packed, wanted_absmax, None, None, [tail], 4096, "nf4", torch.bfloat16)
     assert same_bits(a[-tail:], wanted) and a[2**31 - 5000 : 2**31].count_nonzero() == 0

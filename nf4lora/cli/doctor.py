@@ -37,7 +37,7 @@ def examine() -> dict[str, Any]:
         "machine": {
             "system": platform.platform(), "cores": len(os.sched_getaffinity(0)), "torch threads": torch.get_num_threads(),
             "CPU instruction sets": [f for f in SHOWN_FLAGS if f in cpu_flags()],
-            "instruction set of the CPU kernels": native.isa(),
+            "instruction set of the CPU kernels": native.host.isa(),
             "torch's CPU capability": torch.backends.cpu.get_cpu_capability(), "CUDA of torch": torch.version.cuda, "GPUs": gpus,
             "compute dtype of finetune": f"{str(dtype)[6:]}: {why}",
         },
