@@ -1,4 +1,4 @@
-"""The one check of each op's arguments: dtypes, devices and sizes, never values. Says what was found and what was wanted."""
+"""The one check of each op's arguments: dtypes, devices and sizes. Values only by `raise_not_finite`. Says what was found and what was wanted."""
 
 import math
 
@@ -139,3 +139,12 @@ def _dropout(seed: Tensor | None, p: float, like: Tensor) -> None:
         raise ValueError(f"dropout_p: found {p}, wanted in [0, 1)")
     if seed is not None:
         _tensor("seed", seed, (torch.int64,), 1, like)
+
+
+def raise_not_finite(name: str, A: Tensor) -> None:
+    """Raise the ValueError that says how many elements of A are NaN or Inf and where the first is."""
+    bad = (~A.isfinite()).reshape(-1)
+    count, first = int(bad.sum()), int(bad.to(torch.uint8).argmax())
+    where = tuple(int(i) for i in torch.unravel_index(torch.tensor(first, device="cpu"), A.shape))
+    value = A[where].item()
+    raise ValueError(f"{name}: found {count} NaN or Inf of {A.numel()} elements, the first ({value}) at {where}; wanted none")

@@ -1,13 +1,9 @@
 """The functions people know: quantize, dequantize and multiply 4-bit tensors, with bitsandbytes' names and bytes."""
 
-import math
-import warnings
-from typing import NamedTuple
-
 import torch
 from torch import Tensor
 
-from . import autograd, checks, ops, reference
+from . import autograd, checks, ops, staging
 from .quant_state import QuantState, ceil_div
 
 
@@ -18,6 +14,7 @@ def quantize_4bit(
     quant_type: str = "nf4",
     quant_storage: torch.dtype = torch.uint8,
     check_finite: bool = True,
+    device: torch.device | str | None = None,
 ) -> tuple[Tensor, QuantState]:
     """Quantize to 4 bits an element, in blocks of the flattened tensor.
 
@@ -28,10 +25,13 @@ def quantize_4bit(
         quant_type:          "nf4" or "fp4"
         quant_storage:       dtype the bytes come back as; the same bytes whatever it is
         check_finite:        refuse NaN and Inf; waits for the device
+        device:              where to quantize and where the results live, A's own by default. A tensor in host memory
+                             goes there in pinned pieces, so that only its 4-bit form has to fit
     Returns:  packed, quant_storage [ceil(numel/2) / itemsize, 1], and its QuantState
     Numerics: as QuantState states; byte-equal on every back end
     Raises:   TypeError (dtype), ValueError (sizes, options, NaN or Inf: how many and where the first is)
-    Memory:   reads A once, writes half a byte an element and 4 bytes a block; not differentiable
+    Memory:   reads A once, writes half a byte an element and 4 bytes a block; 128 MiB more on `device` for A in pieces.
+              Not differentiable
     Source:   QLoRA, arXiv:2305.14314 §3; spec: nf4lora/reference.py::quantize
     """
     if not isinstance(A, Tensor) or A.layout != torch.strided:
@@ -41,11 +41,15 @@ def quantize_4bit(
     checks.format(blocksize, quant_type)
     if A.ndim == 0:
         raise ValueError("A: found a tensor without dimensions, wanted one or more; A.reshape(1) makes one")
-    packed, absmax = ops.quantize(A.detach(), blocksize, quant_type)
+    device = A.device if device is None else torch.device(device)
+    if device.type == A.device.type and device.index in (None, A.device.index):
+        packed, absmax = ops.quantize(A.detach(), blocksize, quant_type)
+    else:
+        packed, absmax = staging.quantize(A.detach(), device, blocksize, quant_type)
     if packed.numel() % quant_storage.itemsize:
         raise ValueError(f"quant_storage: {packed.numel()} bytes are no whole number of {quant_storage}; use torch.uint8")
     if check_finite and not absmax.is_meta and not bool(absmax.isfinite().all()):
-        raise_not_finite("A", A)
+        checks.raise_not_finite("A", A)
     offset = nested_absmax = None
     if compress_statistics:
         offset = absmax.mean() if absmax.numel() else absmax.new_zeros(())
@@ -56,18 +60,18 @@ def quantize_4bit(
 
 def quantize_nf4(
     A: Tensor, blocksize: int = 64, compress_statistics: bool = False, quant_storage: torch.dtype = torch.uint8,
-    check_finite: bool = True,
+    check_finite: bool = True, device: torch.device | str | None = None,
 ) -> tuple[Tensor, QuantState]:  # fmt: skip
     """`quantize_4bit` with quant_type="nf4"."""
-    return quantize_4bit(A, blocksize, compress_statistics, "nf4", quant_storage, check_finite)
+    return quantize_4bit(A, blocksize, compress_statistics, "nf4", quant_storage, check_finite, device)
 
 
 def quantize_fp4(
     A: Tensor, blocksize: int = 64, compress_statistics: bool = False, quant_storage: torch.dtype = torch.uint8,
-    check_finite: bool = True,
+    check_finite: bool = True, device: torch.device | str | None = None,
 ) -> tuple[Tensor, QuantState]:  # fmt: skip
     """`quantize_4bit` with quant_type="fp4"."""
-    return quantize_4bit(A, blocksize, compress_statistics, "fp4", quant_storage, check_finite)
+    return quantize_4bit(A, blocksize, compress_statistics, "fp4", quant_storage, check_finite, device)
 
 
 def dequantize_4bit(packed: Tensor, quant_state: QuantState, dtype: torch.dtype | None = None) -> Tensor:
@@ -135,48 +139,6 @@ def linear_4bit(
         x, _bytes(packed, quant_state), *_statistics(quant_state), bias, lora_A, lora_B, seed if dropout_p > 0 else None,
         N, quant_state.blocksize, quant_state.quant_type, scaling, dropout_p,
     )  # fmt: skip
-
-
-class QuantError(NamedTuple):
-    """How far a quantized tensor is from the original; see `quantization_error`."""
-
-    mean_abs: float
-    relative_rms: float
-    nested_relative: float
-
-
-def quantization_error(A: Tensor, packed: Tensor, quant_state: QuantState) -> QuantError:
-    """Error of a quantized tensor against the original `A`; warns where double quantization spoils a block.
-
-    Returns: mean |A - decoded|; rms(A - decoded) / rms(A); and the largest relative error of an absmax
-    (0 without double quantization), which one huge block can drive up for its 255 neighbours.
-    """
-    if A.shape != quant_state.shape:
-        raise ValueError(f"A: found shape {tuple(A.shape)}, wanted {tuple(quant_state.shape)}, the quant_state's")
-    difference = (A.double() - dequantize_4bit(packed, quant_state, torch.float32).double()).abs()
-    total, squares, norm = (t.sum().item() for t in (difference, difference.square(), A.double().square()))
-    nested = 0.0
-    if quant_state.nested:
-        _, exact = reference.quantize(A, quant_state.blocksize, quant_state.quant_type)
-        stored = reference.dequantize_absmax(*_statistics(quant_state))
-        relative = ((stored - exact).abs() / exact)[exact > 0]
-        nested = relative.max().item() if relative.numel() else 0.0
-        if nested > 0.1:
-            warnings.warn(
-                f"double quantization changes an absmax by {nested:.0%}: a block among its 256 is far larger than the "
-                "others; compress_statistics=False keeps them exact",
-                stacklevel=2,
-            )
-    return QuantError(total / max(A.numel(), 1), math.sqrt(squares / (norm or squares or 1)), nested)
-
-
-def raise_not_finite(name: str, A: Tensor) -> None:
-    """Raise the ValueError that says how many elements of A are NaN or Inf and where the first is."""
-    bad = (~A.isfinite()).reshape(-1)
-    count, first = int(bad.sum()), int(bad.to(torch.uint8).argmax())
-    where = tuple(int(i) for i in torch.unravel_index(torch.tensor(first, device="cpu"), A.shape))
-    value = A[where].item()
-    raise ValueError(f"{name}: found {count} NaN or Inf of {A.numel()} elements, the first ({value}) at {where}; wanted none")
 
 
 def _dequantize_as(quant_type: str, packed: Tensor, quant_state: QuantState, dtype: torch.dtype | None) -> Tensor:

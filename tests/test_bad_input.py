@@ -27,7 +27,7 @@ from torch.utils.checkpoint import checkpoint
 import nf4lora
 from nf4lora import NF4Linear, NF4LoRALinear, QuantState, dequantize_4bit, linear_4bit, native, ops, quantize_4bit
 from nf4lora.backends import report, use_backend
-from nf4lora.functional import quantization_error
+from nf4lora.quant_error import quantization_error
 from nf4lora.testing import assert_error_ratio
 
 FLOATS = (torch.float32, torch.bfloat16, torch.float16)

@@ -7,7 +7,8 @@ import torch
 
 import nf4lora
 from nf4lora import QuantState, dequantize_4bit, linear_4bit, quantize_4bit
-from nf4lora.functional import dequantize_fp4, dequantize_nf4, quantization_error, quantize_fp4, quantize_nf4
+from nf4lora.functional import dequantize_fp4, dequantize_nf4, quantize_fp4, quantize_nf4
+from nf4lora.quant_error import quantization_error
 from nf4lora.testing import assert_error_ratio
 
 FLOATS = (torch.float32, torch.bfloat16, torch.float16)
@@ -28,7 +29,7 @@ def same(a, b):
 def test_signatures():
     whole = {
         "A": ..., "blocksize": 64, "compress_statistics": False, "quant_type": "nf4", "quant_storage": torch.uint8,
-        "check_finite": True,
+        "check_finite": True, "device": None,
     }  # fmt: skip
     assert arguments(quantize_4bit) == whole and list(arguments(quantize_4bit)) == list(whole)
     del whole["quant_type"]

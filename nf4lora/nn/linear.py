@@ -82,12 +82,17 @@ class NF4Linear(nn.Linear):
             nn.init.uniform_(self.bias, -1 / math.sqrt(self.in_features), 1 / math.sqrt(self.in_features))
 
     @torch.no_grad()
-    def quantize_(self, weight: Tensor, check_finite: bool = True) -> Self:
-        """Take the 4-bit form of `weight`, float [N, K], on its device. On an error the layer stays as it was."""
+    def quantize_(self, weight: Tensor, check_finite: bool = True, device: Any = None) -> Self:
+        """Take the 4-bit form of `weight`, float [N, K], on its device or on `device`, where it need not fit whole.
+
+        On an error the layer stays as it was.
+        """
         wanted = (self.out_features, self.in_features)
         if tuple(weight.shape) != wanted:
             raise ValueError(f"weight: found shape {tuple(weight.shape)}, wanted {wanted}")
-        packed, state = quantize_4bit(weight, self.blocksize, self.double_quant, self.quant_type, check_finite=check_finite)
+        packed, state = quantize_4bit(
+            weight, self.blocksize, self.double_quant, self.quant_type, check_finite=check_finite, device=device
+        )
         self._freeze("weight", packed)
         self._freeze("weight_absmax", state.absmax if self.double_quant else state.absmax.view(torch.int32))
         if self.double_quant:
@@ -104,12 +109,12 @@ class NF4Linear(nn.Linear):
         """
         if not isinstance(linear, nn.Linear) or isinstance(linear, NF4Linear) or not linear.weight.is_floating_point():
             raise TypeError(f"linear: found {type(linear).__name__}, wanted a torch.nn.Linear with a float weight")
-        weight = linear.weight.detach().to(device, dtype)
+        weight = linear.weight.detach().to(dtype=dtype)
         has_bias = linear.bias is not None
         layer = cls(linear.in_features, linear.out_features, bias=has_bias, device="meta", dtype=weight.dtype, **kwargs)
-        layer.quantize_(weight)
+        layer.quantize_(weight, device=device)
         if has_bias:
-            layer._freeze("bias", linear.bias.detach().to(weight.device, weight.dtype, copy=True))
+            layer._freeze("bias", linear.bias.detach().to(layer.weight.device, weight.dtype, copy=True))
         return layer.train(linear.training)
 
     @property

@@ -63,10 +63,10 @@ class NF4LoRALinear(NF4Linear):
         if "lora_A" in self._parameters:
             self._reset_lora(self.weight.device)
 
-    def quantize_(self, weight: Tensor, check_finite: bool = True) -> "NF4LoRALinear":
-        super().quantize_(weight, check_finite)
+    def quantize_(self, weight: Tensor, check_finite: bool = True, device: Any = None) -> "NF4LoRALinear":
+        super().quantize_(weight, check_finite, device)
         if self._parameters.get("lora_A") is not None and self.lora_A.is_meta:
-            self._reset_lora(weight.device)
+            self._reset_lora(self.weight.device)
         return self
 
     @property

@@ -7,8 +7,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from ..checks import FLOATS
-from ..functional import raise_not_finite
+from ..checks import FLOATS, raise_not_finite
 from .linear import NF4Linear
 from .lora import NF4LoRALinear
 

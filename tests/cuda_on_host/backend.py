@@ -1,0 +1,114 @@
+"""The back end "cuda_on_host": csrc/cuda compiled for the CPU, run on CPU tensors by the machine beside this file.
+
+Every output lies between guard bytes, starts as NaN, and a report of the machine is a RuntimeError.
+"""
+
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from ctypes import Structure, byref
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from nf4lora.native import Library
+from nf4lora.native_cuda import CudaLibrary
+
+from . import build, errors
+
+SOURCES = tuple(sorted(set((build.CSRC / "cuda").glob("*.cu")) - {build.CSRC / "cuda" / "device.cu"}))
+_GUARD, _GUARD_BYTE, _ALIGNMENT = 256, 0xA5, 256
+
+
+class Machine(CudaLibrary):
+    """The CUDA library's rows on the host. `seed` and `resident` are those of cuda_on_host/runtime.h."""
+
+    backend = "cuda_on_host"
+
+    def __init__(self, variant: str = "plain") -> None:
+        self.variant = variant
+        self.seed = 0
+        self.resident = False
+        self._turn = threading.Lock()  # the machine runs one launch at a time
+        self._mine = threading.local()  # operands and guarded outputs of the call under way in this thread
+
+    def path(self) -> Path:
+        return build.library(SOURCES, self.variant)
+
+    def why_not(self, *args: Any) -> str | None:
+        if args and args[0].device.type != "cpu":
+            return f"the machine has CPU memory only, not {args[0].device}"
+        return Library.why_not(self, *args)
+
+    def multiprocessors(self, device: torch.device) -> int:
+        return 1  # few blocks, so that each goes round its loop
+
+    def empty(self, like: Tensor, shape: Any, dtype: torch.dtype) -> Tensor:
+        nbytes = torch.empty(shape, dtype=dtype, device="meta").nbytes
+        memory = torch.full((nbytes + 2 * _GUARD + _ALIGNMENT,), _GUARD_BYTE, dtype=torch.uint8)
+        first = _GUARD + -(memory.data_ptr() + _GUARD) % _ALIGNMENT
+        memory[first : first + nbytes] = 0xFF
+        out = memory[first : first + nbytes].view(dtype).view(shape)
+        self._call().outputs[out.data_ptr()] = (memory, first, nbytes)
+        return out
+
+    def pointer(self, t: Tensor | None) -> int | None:
+        if t is not None and t.numel():
+            self._call().operands.append(t)
+        return super().pointer(t)
+
+    def run(self, name: str, params: Structure, device: torch.device) -> None:
+        call, self._mine.call = self._call(), None
+        machine = self.load()[0]
+        with self._turn:
+            machine.cuda_on_host_schedule(self.seed)
+            machine.cuda_on_host_resident(int(self.resident))
+            for t in call.operands:
+                written = int(t.data_ptr() not in call.outputs)
+                machine.cuda_on_host_register(t.data_ptr(), t.nbytes, written, b"output" if not written else b"input")
+            try:
+                message = getattr(machine, f"nf4lora_cuda_{name}")(byref(params), None)
+                if message:
+                    message = errors.resolve(message.decode(), self.path()).encode()
+            finally:
+                machine.cuda_on_host_forget_all()
+        self._raise_if(name, message)
+        for memory, first, nbytes in call.outputs.values():
+            if not bool((memory[:first] == _GUARD_BYTE).all() and (memory[first + nbytes :] == _GUARD_BYTE).all()):
+                raise RuntimeError(f"nf4lora {self.backend} {name}: bytes beside an output of {nbytes} bytes were written")
+
+    def _call(self) -> "_Call":
+        if getattr(self._mine, "call", None) is None:
+            self._mine.call = _Call()
+        return self._mine.call
+
+
+class _Call:
+    def __init__(self) -> None:
+        self.operands: list[Tensor] = []
+        self.outputs: dict[int, tuple[Tensor, int, int]] = {}
+
+
+@cache
+def machine(variant: str = "plain") -> Machine:
+    """The back end, built and entered. Raises: RuntimeError when it does not build or load."""
+    made = Machine(variant)
+    if why_not := made.load()[1]:
+        raise RuntimeError(why_not)
+    build.declare(made.load()[0])
+    made.enter()
+    return made
+
+
+@contextmanager
+def schedule(seed: int, variant: str = "plain") -> Iterator[None]:
+    """Run launches inside under this schedule."""
+    found = machine(variant)
+    before, found.seed = found.seed, seed
+    try:
+        yield
+    finally:
+        found.seed = before

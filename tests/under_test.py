@@ -1,0 +1,69 @@
+"""The back ends a test can be run on, by name: each takes and gives CPU tensors, wherever its kernels run."""
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from functools import cache
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from nf4lora import backends, native, triton_rows
+from nf4lora.abi import CUDA_FUNCTIONS
+
+GPU = torch.cuda.is_available()
+# Of the ops that have kernels for a GPU: with a GPU, the kernels there; without, the same kernels on the host.
+KERNELS = ("cpu", "cuda_on_host", "triton") + (("cuda",) if GPU else ())
+
+
+@contextmanager
+def force(name: str) -> Iterator[str]:
+    """`use_backend` for a test. A back end that is not there is an error, never a skip."""
+    if name == "cpu" and (why_not := native.host.load()[1]):
+        raise RuntimeError(why_not)
+    if name == "cuda_on_host":
+        from cuda_on_host import backend
+
+        backend.machine()
+    if name in ("cuda", "triton"):
+        name = _by_way_of_the_gpu(name) if GPU else _interpreted()
+    with backends.use_backend(name):
+        yield name
+
+
+@cache
+def _by_way_of_the_gpu(name: str) -> str:
+    """Rows that send CPU operands to the GPU, run `name`'s rows there and fetch the results."""
+
+    def sent(op: str) -> Callable[..., Any]:
+        def call(*args: Any) -> Any:
+            with backends.use_backend(name):
+                found = backends.run(op, *(a.cuda() if isinstance(a, Tensor) else a for a in args))
+            return tuple(t.cpu() for t in found) if isinstance(found, tuple) else found.cpu()
+
+        return call
+
+    for op in CUDA_FUNCTIONS:
+        backends.implements(op, f"{name} by way of the GPU")(sent(op))
+    return f"{name} by way of the GPU"
+
+
+@cache
+def _interpreted() -> str:
+    """Triton's interpreter, which truncates where it should round to bfloat16: that one cast is torch's here."""
+    if why_not := triton_rows.why_not():
+        raise RuntimeError(why_not)
+
+    def dequantize(*args: Any) -> Tensor:
+        *rest, dtype = args
+        with backends.use_backend("triton"):
+            if dtype == torch.bfloat16:
+                return backends.run("dequantize", *rest, torch.float32).to(dtype)
+            return backends.run("dequantize", *args)
+
+    name = "triton, interpreted"
+    for op in CUDA_FUNCTIONS:
+        row = backends._ROWS[op, "triton"]
+        backends.implements(op, name, row.why_not, row.configure)(row.call)
+    backends.implements("dequantize", name, backends._ROWS["dequantize", "triton"].why_not)(dequantize)
+    return name
