@@ -12,12 +12,15 @@ import hypothesis  # noqa: E402
 import pytest  # noqa: E402
 import torch  # noqa: E402
 
-from nf4lora import backends, native  # noqa: E402
+from under_test import GPU, KERNELS, force  # noqa: E402
+
+if not GPU:
+    # Before any Triton kernel is imported. What needs compiled kernels runs in processes without it.
+    os.environ["TRITON_INTERPRET"] = "1"
 
 hypothesis.settings.register_profile("nf4lora", deadline=None, derandomize=True, database=None, max_examples=40)
 hypothesis.settings.load_profile("nf4lora")
 
-BACKENDS = ("cpu", "reference")
 _FIGURES = pytest.StashKey[Counter]()
 
 
@@ -38,21 +41,31 @@ def pytest_terminal_summary(terminalreporter, config):
             terminalreporter.line(f"{sentence}: {counted[sentence]:,}")
 
 
-@pytest.fixture(params=BACKENDS)
+@pytest.fixture(params=("cpu", "reference"))
 def backend(request):
-    """Forces one back end for the test, each in turn. The host library must be there: absent is a failure, not a skip."""
-    if request.param == "cpu" and (why_not := native.host.load()[1]):
-        pytest.fail(why_not)
-    with backends.use_backend(request.param):
+    """Forces one back end that has every op, each in turn."""
+    with force(request.param):
+        yield request.param
+
+
+@pytest.fixture(params=(*KERNELS, "reference"))
+def format_backend(request):
+    """Forces one back end that quantizes and dequantizes, each in turn."""
+    with force(request.param):
+        yield request.param
+
+
+@pytest.fixture(params=KERNELS)
+def kernels(request):
+    """Forces the kernels of one back end that quantizes and dequantizes, each in turn."""
+    with force(request.param):
         yield request.param
 
 
 @pytest.fixture
 def cpu():
     """Forces the host library."""
-    if why_not := native.host.load()[1]:
-        pytest.fail(why_not)
-    with backends.use_backend("cpu"):
+    with force("cpu"):
         yield
 
 

@@ -5,6 +5,7 @@ import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from nf4lora import autograd, backends, linear_4bit, ops, quantize_4bit, reference
+from nf4lora.abi import CUDA_FUNCTIONS
 from nf4lora.testing import random_case
 
 FLOATS = (torch.float32, torch.bfloat16, torch.float16)
@@ -40,6 +41,12 @@ def samples(name):
 def test_opcheck(backend, name):
     for args in list(samples(name))[:: 5 if backend == "cpu" else 11]:
         torch.library.opcheck(getattr(ops, name), args)  # all of torch's test utilities
+
+
+@pytest.mark.parametrize("name", CUDA_FUNCTIONS)
+def test_opcheck_through_the_kernels_of_a_gpu(kernels, name):
+    for args in list(samples(name))[::7]:
+        torch.library.opcheck(getattr(ops, name), args)
 
 
 @pytest.mark.parametrize("name", NAMES)

@@ -7,8 +7,9 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from nf4lora import abi, backends, native, ops, quantize_4bit, reference
+from nf4lora import abi, native, ops, quantize_4bit, reference
 from nf4lora.codebook import BLOCKSIZES, MIN_ABSMAX, QUANT_TYPES, boundaries, code_order, codebook
+from under_test import KERNELS, force
 
 FLOATS = (torch.float32, torch.bfloat16, torch.float16)
 # mean |x - decoded| and mean(|x - decoded| / (|x| + 1e-8)) of randn(1024, 1024) with their standard deviations,
@@ -46,7 +47,7 @@ def decoded(a, blocksize, quant_type):
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
 @pytest.mark.parametrize("quant_type", QUANT_TYPES)
-def test_every_16_bit_pattern(cpu, quant_type, dtype):
+def test_every_16_bit_pattern(kernels, quant_type, dtype):
     patterns = torch.arange(-(2**15), 2**15).to(torch.int16).view(dtype)
     finite = patterns[patterns.isfinite()]
     for blocksize in (32, 64, 4096):
@@ -61,7 +62,7 @@ def test_every_16_bit_pattern(cpu, quant_type, dtype):
 
 @pytest.mark.parametrize("dtype", FLOATS, ids=str)
 @pytest.mark.parametrize("quant_type", QUANT_TYPES)
-def test_bytes_equal_the_reference_over_shapes(cpu, quant_type, dtype):
+def test_bytes_equal_the_reference_over_shapes(kernels, quant_type, dtype):
     g = torch.Generator().manual_seed(0)
     for blocksize in BLOCKSIZES:
         for numel in (0, 1, 2, 31, 33, 63, 257, 1023, 1024, 1025, blocksize - 1, 3 * blocksize + 1, 40_003):
@@ -81,7 +82,7 @@ def test_threads_do_not_change_the_bytes(cpu):
 
 
 @pytest.mark.parametrize("quant_type", QUANT_TYPES)
-def test_codes_follow_the_rule(backend, quant_type):
+def test_codes_follow_the_rule(format_backend, quant_type):
     # The rule in plain words, in float32: code of the number of boundaries below x * (1 / absmax)
     a = torch.randn(4096)
     packed, absmax = ops.quantize(a, 64, quant_type)
@@ -92,7 +93,7 @@ def test_codes_follow_the_rule(backend, quant_type):
 
 
 @pytest.mark.parametrize("quant_type", QUANT_TYPES)
-def test_ties_take_the_lower_value(backend, quant_type):
+def test_ties_take_the_lower_value(format_backend, quant_type):
     bounds, order = boundaries(quant_type), code_order(quant_type)
     for j in range(15):
         a = torch.zeros(32)
@@ -103,7 +104,7 @@ def test_ties_take_the_lower_value(backend, quant_type):
 
 
 @pytest.mark.parametrize(("quant_type", "pad"), [("nf4", 7), ("fp4", 0)])
-def test_row_7_padding_nibble_is_the_code_of_zero(backend, quant_type, pad):
+def test_row_7_padding_nibble_is_the_code_of_zero(format_backend, quant_type, pad):
     for numel in (1, 33, 257):
         packed, absmax = ops.quantize(torch.ones(numel), 64, quant_type)
         assert int(packed[-1]) & 15 == pad and len(packed) == numel // 2 + 1 and len(absmax) == -(-numel // 64)
@@ -112,7 +113,7 @@ def test_row_7_padding_nibble_is_the_code_of_zero(backend, quant_type, pad):
 
 
 @pytest.mark.parametrize(("quant_type", "byte"), [("nf4", 0x77), ("fp4", 0x00)])
-def test_row_3_zero_block(backend, quant_type, byte):
+def test_row_3_zero_block(format_backend, quant_type, byte):
     for numel in (64, 100):
         for zero in (0.0, -0.0):
             packed, absmax = ops.quantize(torch.full((numel,), zero), 64, quant_type)
@@ -121,7 +122,7 @@ def test_row_3_zero_block(backend, quant_type, byte):
 
 @pytest.mark.parametrize("value", [torch.nan, torch.inf, -torch.inf])
 @pytest.mark.parametrize("dtype", FLOATS, ids=str)
-def test_unchecked_nan_and_inf_never_decode_to_a_finite_lie(backend, dtype, value):
+def test_unchecked_nan_and_inf_never_decode_to_a_finite_lie(format_backend, dtype, value):
     a = torch.randn(3, 64, generator=torch.Generator().manual_seed(0)).to(dtype)
     a[1, 17] = value
     packed, state = quantize_4bit(a, check_finite=False)
@@ -134,7 +135,7 @@ def test_unchecked_nan_and_inf_never_decode_to_a_finite_lie(backend, dtype, valu
 
 @pytest.mark.parametrize("groups", [1, 2, 255, 256, 257, 5000])
 @pytest.mark.parametrize("kind", ["like weights", "one huge", "constant", "denormal"])
-def test_nested_codes_are_the_exact_nearest(backend, kind, groups):
+def test_nested_codes_are_the_exact_nearest(format_backend, kind, groups):
     g = torch.Generator().manual_seed(groups)
     absmax = torch.rand(groups, generator=g) * 0.05 + 0.03
     if kind == "one huge":
@@ -154,7 +155,7 @@ def test_nested_codes_are_the_exact_nearest(backend, kind, groups):
     assert all(map(same_bits, (codes, nested_absmax), reference.quantize_absmax(absmax, offset)))
 
 
-def test_nested_ties_and_midpoints(cpu):
+def test_nested_ties_and_midpoints(kernels):
     table = codebook("dynamic").double()
     middle = ((table[:-1] + table[1:]) / 2).float()
     near = torch.cat([middle, torch.nextafter(middle, torch.tensor(-2.0)), torch.nextafter(middle, torch.tensor(2.0))])
@@ -184,7 +185,7 @@ def draw(numel, dtype, seed):
     return (torch.randn(numel, generator=g) * torch.randint(1, 4, (numel,), generator=g)).to(dtype)
 
 
-BOTH = ("cpu", "reference")
+ALL = (*KERNELS, "reference")
 
 
 @given(arrays, st.integers(-6, 6))
@@ -192,8 +193,8 @@ def test_power_of_two_scales_leave_the_codes(args, exponent):
     numel, blocksize, quant_type, dtype, seed = args
     a = draw(numel, torch.bfloat16, seed).to(dtype)  # coarse, so that float16 scales exactly
     a[a.abs() < 2.0**-7] = 0
-    for name in BOTH:
-        with backends.use_backend(name):
+    for name in ALL:
+        with force(name):
             packed, absmax = ops.quantize(a, blocksize, quant_type)
             scaled_packed, scaled_absmax = ops.quantize(a * 2.0**exponent, blocksize, quant_type)
         assert same_bits(packed, scaled_packed) and torch.equal(absmax * 2.0**exponent, scaled_absmax)
@@ -204,8 +205,8 @@ def test_error_is_at_most_half_the_widest_gap(args):
     numel, blocksize, quant_type, dtype, seed = args
     a = draw(numel, dtype, seed)
     half_gap = codebook(quant_type)[code_order(quant_type)].diff().max().item() / 2
-    for name in BOTH:
-        with backends.use_backend(name):
+    for name in ALL:
+        with force(name):
             _, absmax = ops.quantize(a, blocksize, quant_type)
             error = (a.double() - decoded(a, blocksize, quant_type)).abs()
         limit = absmax.double().repeat_interleave(blocksize)[:numel] * (half_gap + 2.0**-22)
@@ -217,8 +218,8 @@ def test_blocks_are_independent(args):
     numel, blocksize, quant_type, dtype, seed = args
     a = draw(blocksize * (numel % 9 + 1), dtype, seed).reshape(-1, blocksize)
     order = torch.randperm(len(a), generator=torch.Generator().manual_seed(seed))
-    for name in BOTH:
-        with backends.use_backend(name):
+    for name in ALL:
+        with force(name):
             packed, absmax = ops.quantize(a, blocksize, quant_type)
             permuted, permuted_absmax = ops.quantize(a[order], blocksize, quant_type)
         assert torch.equal(packed.reshape(len(a), -1)[order], permuted.reshape(len(a), -1)) and torch.equal(absmax[order], permuted_absmax)
@@ -228,8 +229,8 @@ def test_blocks_are_independent(args):
 def test_nf4_of_a_decoded_tensor_is_itself(args):
     numel, blocksize, _, _, seed = args
     a = draw(numel, torch.float32, seed)
-    for name in BOTH:
-        with backends.use_backend(name):
+    for name in ALL:
+        with force(name):
             packed, absmax = ops.quantize(a, blocksize, "nf4")
             again = ops.quantize(ops.dequantize(packed, absmax, None, None, [numel], blocksize, "nf4", torch.float32), blocksize, "nf4")
         # where the largest magnitude was decoded to itself; code 0 and 15 are -1 and 1

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from nf4lora import backends, native, triton_rows
+from nf4lora import backends, native
 from nf4lora.abi import CUDA_FUNCTIONS
 
 GPU = torch.cuda.is_available()
@@ -51,6 +51,8 @@ def _by_way_of_the_gpu(name: str) -> str:
 @cache
 def _interpreted() -> str:
     """Triton's interpreter, which truncates where it should round to bfloat16: that one cast is torch's here."""
+    from nf4lora import triton_rows
+
     if why_not := triton_rows.why_not():
         raise RuntimeError(why_not)
 

@@ -11,6 +11,7 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -47,12 +48,15 @@ class Machine(CudaLibrary):
         return 1  # few blocks, so that each goes round its loop
 
     def empty(self, like: Tensor, shape: Any, dtype: torch.dtype) -> Tensor:
-        nbytes = torch.empty(shape, dtype=dtype, device="meta").nbytes
-        memory = torch.full((nbytes + 2 * _GUARD + _ALIGNMENT,), _GUARD_BYTE, dtype=torch.uint8)
-        first = _GUARD + -(memory.data_ptr() + _GUARD) % _ALIGNMENT
-        memory[first : first + nbytes] = 0xFF
-        out = memory[first : first + nbytes].view(dtype).view(shape)
-        self._call().outputs[out.data_ptr()] = (memory, first, nbytes)
+        out = torch.empty(shape, dtype=dtype)
+        if not out.numel():
+            return out
+        memory = np.full(out.nbytes + 2 * _GUARD + _ALIGNMENT, _GUARD_BYTE, np.uint8)
+        first = _GUARD + -(memory.ctypes.data + _GUARD) % _ALIGNMENT
+        memory[first : first + out.nbytes] = 0xFF
+        # A storage of its own, as new_empty gives; it keeps `memory` alive
+        out = torch.frombuffer(memory, dtype=dtype, count=out.numel(), offset=first).view(shape)
+        self._call().outputs[out.data_ptr()] = (memory, first, out.nbytes)
         return out
 
     def pointer(self, t: Tensor | None) -> int | None:
@@ -77,7 +81,7 @@ class Machine(CudaLibrary):
                 machine.cuda_on_host_forget_all()
         self._raise_if(name, message)
         for memory, first, nbytes in call.outputs.values():
-            if not bool((memory[:first] == _GUARD_BYTE).all() and (memory[first + nbytes :] == _GUARD_BYTE).all()):
+            if (memory[:first] != _GUARD_BYTE).any() or (memory[first + nbytes :] != _GUARD_BYTE).any():
                 raise RuntimeError(f"nf4lora {self.backend} {name}: bytes beside an output of {nbytes} bytes were written")
 
     def _call(self) -> "_Call":
@@ -89,7 +93,7 @@ class Machine(CudaLibrary):
 class _Call:
     def __init__(self) -> None:
         self.operands: list[Tensor] = []
-        self.outputs: dict[int, tuple[Tensor, int, int]] = {}
+        self.outputs: dict[int, tuple[np.ndarray, int, int]] = {}
 
 
 @cache

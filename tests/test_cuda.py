@@ -1,0 +1,125 @@
+"""What only a GPU shows: streams, graphs, launches, synchronization, and sizes beyond 32 bits. The bytes are checked where
+every back end's are, in test_quantize.py, test_dequantize.py and test_bitsandbytes.py."""
+
+import pytest
+import torch
+
+from nf4lora import backends, dequantize_4bit, ops, quantize_4bit, reference
+
+pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
+SHAPE = (1024, 4096)
+
+
+@pytest.fixture(params=["cuda", "triton"])
+def gpu(request):
+    with backends.use_backend(request.param):
+        yield request.param
+
+
+def weight(shape=SHAPE, dtype=torch.bfloat16, seed=0):
+    return torch.randn(shape, dtype=dtype, device="cuda", generator=torch.Generator("cuda").manual_seed(seed))
+
+
+def round_trip(a):
+    packed, state = quantize_4bit(a, compress_statistics=True, check_finite=False)
+    return packed, state.absmax, state.nested_absmax, dequantize_4bit(packed, state)
+
+
+def equal(found, wanted):
+    return all(torch.equal(f.cpu().view(torch.uint8), w.cpu().view(torch.uint8)) for f, w in zip(found, wanted, strict=True))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("quant_type", ["nf4", "fp4"])
+@pytest.mark.parametrize("blocksize", [32, 64, 256, 4096])
+def test_bytes_of_model_shapes(gpu, blocksize, quant_type, dtype):
+    a = weight((14336, 1024), dtype)
+    found = ops.quantize(a, blocksize, quant_type)
+    wanted = reference.quantize(a, blocksize, quant_type)
+    assert equal(found, wanted)
+    nested = ops.quantize_absmax(found[1], found[1].mean())
+    assert equal(nested, reference.quantize_absmax(found[1], found[1].mean()))
+    args = found[0], nested[0], nested[1], found[1].mean(), list(a.shape), blocksize, quant_type, dtype
+    assert equal([ops.dequantize(*args)], [reference.dequantize(*args)])
+
+
+def test_runs_on_the_current_stream(gpu):
+    a = weight()
+    wanted = round_trip(a)
+    torch.cuda.synchronize()
+    side = torch.cuda.Stream()
+    changing = torch.zeros_like(a)
+    with torch.cuda.stream(side):
+        torch.cuda._sleep(200_000_000)  # the default stream would read `changing` before it is written
+        changing.copy_(a)
+        found = round_trip(changing)
+    side.synchronize()
+    assert equal(found, wanted)
+
+
+def test_a_graph_replays_it(gpu):
+    a = weight()
+    round_trip(a)
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        captured = round_trip(a)
+    for seed in (1, 2):
+        a.copy_(weight(seed=seed))
+        graph.replay()
+        assert equal(captured, round_trip(a))
+
+
+def test_nothing_synchronizes(gpu):
+    a = weight()
+    round_trip(a)
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        round_trip(a)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+
+
+def kernels_of(call):
+    call()
+    torch.cuda.synchronize()
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
+        call()
+        torch.cuda.synchronize()
+    return [e.name for e in profile.events() if e.device_type == torch.autograd.DeviceType.CUDA and "Memset" not in e.name]
+
+
+def test_launches(gpu):
+    a = weight()
+    packed, state = quantize_4bit(a, compress_statistics=True)
+    assert len(kernels_of(lambda: dequantize_4bit(packed, state))) == 1
+    assert len(kernels_of(lambda: quantize_4bit(a, check_finite=False))) == 1
+    assert len(kernels_of(lambda: quantize_4bit(a, compress_statistics=True, check_finite=False))) <= 3
+
+
+def test_repeats_give_equal_bits(gpu):
+    a = weight()
+    wanted = round_trip(a)
+    assert all(equal(round_trip(a), wanted) for _ in range(100))
+
+
+def test_row_10_more_than_2_to_the_31_elements(gpu):
+    numel, tail = 2**31 + 101, 101
+    a = torch.zeros(numel, dtype=torch.bfloat16, device="cuda")
+    last = weight((tail,))
+    a[-tail:] = last
+    packed, absmax = ops.quantize(a, 4096, "nf4")
+    wanted = reference.quantize(last, 4096, "nf4")
+    assert packed.shape == (numel // 2 + 1, 1) and equal([packed[2**30 :], absmax[-1:]], wanted)
+    assert int(absmax[:-1].count_nonzero()) == 0 and bool((packed[: 2**30] == 0x77).all())
+    del a
+    out = ops.dequantize(packed, absmax, None, None, [numel], 4096, "nf4", torch.bfloat16)
+    assert int(out[: 2**31].count_nonzero()) == 0
+    assert equal([out[-tail:]], [reference.dequantize(*wanted, None, None, [tail], 4096, "nf4", torch.bfloat16)])
+
+
+def test_a_second_device_gets_its_own_launch(gpu):
+    if torch.cuda.device_count() < 2:
+        pytest.skip("one GPU")
+    a = weight().to("cuda:1")
+    assert equal(round_trip(a), round_trip(weight()))
