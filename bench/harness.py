@@ -1,95 +1,206 @@
-"""Timing that a noisy, shared machine does not spoil: contenders take turns, ratios are taken round by round.
+"""Comparisons that a noisy, shared machine does not spoil: contenders take turns, ratios are taken round by round.
 
-A row is measured only after its `gate` passed: no time is given for a wrong result.
+No time is given for a wrong result: a contender of ours is timed only after its case's gate passed on what it computes.
 """
 
-import json
-import os
-import platform
-import statistics
-import subprocess
-import time
-from collections.abc import Callable
-from dataclasses import asdict, dataclass
+import argparse
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import torch
+from torch import Tensor
 
-import nf4lora
-from nf4lora import native
+from .environment import energy_counter, environment
+from .files import AGAIN, RESULTS, write
+from .timing import Contender, CudaMeter, Meter, Spread, WallMeter, tensors
 
-RESULTS = Path(__file__).parent / "results"
+
+class GateFailed(AssertionError):
+    """A contender of ours computes something wrong, so nothing was timed."""
+
+    def __init__(self, case: "Case", contender: str, why: BaseException) -> None:
+        super().__init__(f"{case.group}: {case.name}: {contender}: {why or type(why).__name__}")
+        self.contender = contender
+
+
+@dataclass(frozen=True)
+class Case:
+    """One piece of work and those who do it.
+
+    group, name: the table and its row
+    gate:        raises where a result of ours is wrong
+    error:       a contender's result -> {"differing_bytes"} where exactness is defined, {"max", "rms"} against float64
+    bytes_moved: the fewest that must be read and written
+    sweep, x:    the curve this case is a point of, such as "dequantize", and where on it
+    energy:      measure it too, where it can be read
+    """
+
+    group: str
+    name: str
+    contenders: dict[str, Contender]
+    gate: Callable[[Any], None]
+    error: Callable[[Any], dict[str, float]] | None = None
+    bytes_moved: int | None = None
+    sweep: str | None = None
+    x: float | None = None
+    energy: bool = False
 
 
 @dataclass(frozen=True)
 class Row:
-    """One contender of one comparison. Times in milliseconds; `ratio` is its time over the first contender's, per round."""
+    """One contender of one case. `ratio` is its time over the first contender's, `of_ceiling` its bytes a second over
+    the ceiling's, both taken in each round; None is what was not measured."""
 
+    group: str
     case: str
     contender: str
-    median_ms: float
-    min_ms: float
-    max_ms: float
-    ratio: float
-    ratio_min: float
-    ratio_max: float
+    timed: str
     rounds: int
+    time_ms: Spread
+    ratio: Spread
+    of_ceiling: Spread | None = None
+    eager_ms: Spread | None = None
+    energy_mj: float | None = None
+    bytes_moved: int | None = None
+    error: dict[str, float] | None = None
+    sweep: str | None = None
+    x: float | None = None
 
 
-def compare(case: str, contenders: dict[str, Callable[[], object]], gate: Callable[[], None], rounds: int = 15) -> list[Row]:
+def compare(case: Case, meter: Meter, rounds: int = 15, eager_rounds: int = 5) -> list[Row]:
     """Time the contenders in turn, the first one twice: its second self shows what a ratio of 1 looks like here.
 
-    Raises: whatever `gate` raises; then nothing is timed.
+    Raises: GateFailed when a result of ours is wrong; then nothing is timed.
     """
-    gate()
-    names = list(contenders)
-    calls = contenders | {f"{names[0]} (again)": contenders[names[0]]}
-    times: dict[str, list[float]] = {name: [] for name in calls}
-    for name, call in calls.items():
-        call()
-    order = list(calls)
-    for _ in range(rounds):
-        order = order[1:] + order[:1]
-        for name in order:
-            start = time.perf_counter()
-            calls[name]()
-            times[name].append((time.perf_counter() - start) * 1e3)
+    first, *_ = case.contenders
+    contenders = case.contenders | {first + AGAIN: case.contenders[first]}
+    errors: dict[str, dict[str, float] | None] = {}
+    samples = {}
+    for name, contender in contenders.items():
+        try:
+            samples[name] = meter.prepare(
+                contender, None if contender.ceiling else _check(case, name, contender, errors)
+            )
+        except AssertionError as why:
+            raise GateFailed(case, name.removesuffix(AGAIN), why) from why
+    times = _take_turns({name: sample.kernel_ms for name, sample in samples.items()}, rounds)
+    eager = _take_turns({name: sample.eager_ms for name, sample in samples.items()}, eager_rounds)
+    ceiling = next((name for name, contender in contenders.items() if contender.ceiling), None)
     rows = []
-    for name, taken in times.items():
-        ratios = [t / base for t, base in zip(taken, times[names[0]], strict=True)]
-        rows.append(Row(case, name, statistics.median(taken), min(taken), max(taken),
-                        statistics.median(ratios), min(ratios), max(ratios), rounds))  # fmt: skip
+    for name, contender in contenders.items():
+        moved = contender.bytes_moved or case.bytes_moved
+        of_ceiling = None
+        if ceiling and moved:
+            share = moved / (contenders[ceiling].bytes_moved or moved)
+            of_ceiling = Spread.of(share * limit / t for limit, t in zip(times[ceiling], times[name], strict=True))
+        rows.append(Row(
+            case.group, case.name, name, samples[name].timed, rounds,
+            time_ms=Spread.of(times[name]),
+            ratio=Spread.of(t / base for t, base in zip(times[name], times[first], strict=True)),
+            of_ceiling=of_ceiling,
+            eager_ms=None if None in eager[name] else Spread.of(eager[name]),
+            energy_mj=samples[name].energy_mj() if case.energy else None,
+            bytes_moved=moved, error=errors.get(name), sweep=case.sweep, x=case.x,
+        ))  # fmt: skip
     return rows
 
 
-def report(stem: str, rows: list[Row]) -> None:
-    """Print the rows and write them, with the machine, the versions and the commit, to bench/results/<stem>.json."""
-    for row in rows:
-        spread = f"{row.ratio:7.2f}x [{row.ratio_min:.2f} … {row.ratio_max:.2f}]"
-        print(f"{row.case:44} {row.contender:34} {row.median_ms:9.2f} ms {spread}")
-    RESULTS.mkdir(exist_ok=True)
-    document = {"environment": environment(), "rows": [asdict(row) for row in rows]}
-    (RESULTS / f"{stem}.json").write_text(json.dumps(document, indent=1) + "\n")
+def differing_bytes(result: Any, wanted: Any) -> int:
+    """Bytes of a result's tensors that are not those wanted. Raises: AssertionError on another shape or dtype."""
+    found, expected = tensors(result), tensors(wanted)
+    kinds = [[(t.dtype, tuple(t.shape)) for t in side] for side in (found, expected)]
+    if kinds[0] != kinds[1]:
+        raise AssertionError(f"found {kinds[0]}, wanted {kinds[1]}")
+    views = [[t.detach().reshape(-1).view(torch.uint8) for t in side] for side in (found, expected)]
+    return sum(int((a != b).sum()) for a, b in zip(*views, strict=True))
 
 
-def environment() -> dict[str, object]:
-    """What a reader needs to weigh the times."""
-    git = subprocess.run(["git", "describe", "--always", "--dirty"], capture_output=True, text=True, cwd=RESULTS.parent)
-    return {
-        "date": time.strftime("%Y-%m-%d"),
-        "processor": _processor(),
-        "cores": os.cpu_count(),
-        "threads": torch.get_num_threads(),
-        "isa": native.host.isa(),
-        "python": platform.python_version(),
-        "torch": torch.__version__,
-        "nf4lora": nf4lora.__version__,
-        "commit": git.stdout.strip() or "unknown",
-    }
+def relative_error(result: Tensor, truth: Tensor) -> dict[str, float]:
+    """Against float64: max |result - truth| / max |truth|, and so of the root mean squares. NaN: AssertionError."""
+    if not bool(result.isfinite().all()):
+        raise AssertionError("the result has NaN or Inf")
+    e, t = (result.double() - truth).abs(), truth.abs()
+    return {"max": (e.max() / t.max()).item(), "rms": (e.square().mean() / t.square().mean()).sqrt().item()}
 
 
-def _processor() -> str:
-    for line in Path("/proc/cpuinfo").read_text().splitlines() if Path("/proc/cpuinfo").exists() else ():
-        if line.startswith("model name"):
-            return line.split(":", 1)[1].strip()
-    return platform.processor() or platform.machine()
+def run(stem: str, cases: Iterable[Callable[[], Case]], meter: Meter, rounds: int = 15, out: Path = RESULTS) -> int:
+    """Build, gate, time and print case after case; returns 1 if any failed, else 0.
+
+    After each, <out>/<stem>.json holds what there is: the environment, the rows, and the failures with their reasons. A
+    contender of ours that fails the gate gets no time; the case goes on without it while one of ours is left.
+    """
+    rows: list[Row] = []
+    failed: list[str] = []
+    for build in cases:
+        for taken in _attempts(build, meter, rounds, failed):
+            for row in taken:
+                print(line(row), flush=True)
+            rows += taken
+        write(
+            out / f"{stem}.json",
+            {"environment": environment(), "rows": [asdict(row) for row in rows], "failed": failed},
+        )
+    return 1 if failed else 0
+
+
+def line(row: Row) -> str:
+    """A row as text."""
+    share = f" {row.of_ceiling.median:6.1%} of the copy" if row.of_ceiling else ""
+    eager = f" eager {row.eager_ms.median * 1e3:.1f} us" if row.eager_ms else ""
+    error = " " + ", ".join(f"{k} {v:.3g}" for k, v in row.error.items()) if row.error else ""
+    where = f"{row.group}: {row.case}"
+    return (f"{where:64} {row.contender:22} {row.time_ms.median:10.4f} ms {row.ratio.median:7.2f}x "
+            f"[{row.ratio.least:.2f} … {row.ratio.most:.2f}]{share}{eager}{error}")  # fmt: skip
+
+
+def options(description: str | None) -> argparse.Namespace:
+    """The arguments every benchmark takes: --device, and --out, the folder of the results."""
+    parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--device", choices=("cpu", "cuda"), default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--out", type=Path, default=RESULTS, metavar="DIR")
+    return parser.parse_args()
+
+
+def meter_for(device: str) -> CudaMeter | WallMeter:
+    """How to time on a device."""
+    return CudaMeter(energy=energy_counter()) if device == "cuda" else WallMeter()
+
+
+def _attempts(build: Callable[[], Case], meter: Meter, rounds: int, failed: list[str]) -> Iterator[list[Row]]:
+    try:
+        case = build()
+        if not any(contender.ours for contender in case.contenders.values()):
+            raise RuntimeError(f"{case.group}: {case.name}: none of our back ends runs here")
+        while any(contender.ours for contender in case.contenders.values()):
+            try:
+                yield compare(case, meter, rounds)
+                return
+            except GateFailed as error:
+                failed.append(str(error))
+                print(f"gate failed: {error}", flush=True)
+                case = replace(case, contenders={n: c for n, c in case.contenders.items() if n != error.contender})
+    except Exception as error:  # noqa: BLE001 whatever it is, the cases after this one still run, and the run ends red
+        failed.append(f"{type(error).__name__}: {error}")
+        print(f"failed: {failed[-1]}", flush=True)
+
+
+def _check(case: Case, name: str, contender: Contender, errors: dict[str, Any]) -> Callable[[Any], None]:
+    def check(result: Any) -> None:
+        if contender.ours:
+            case.gate(result)
+        errors[name] = case.error(result) if case.error else None
+
+    return check
+
+
+def _take_turns(measure: dict[str, Callable[[], Any]], rounds: int) -> dict[str, list[Any]]:
+    """name -> one value a round. Each round starts with the next of them."""
+    order = list(measure)
+    taken: dict[str, list[Any]] = {name: [] for name in measure}
+    for _ in range(rounds):
+        order = order[1:] + order[:1]
+        for name in order:
+            taken[name].append(measure[name]())
+    return taken

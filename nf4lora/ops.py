@@ -12,6 +12,7 @@ from . import backends, checks
 from . import native as native  # enters the rows of the "cpu" back end
 from . import native_cuda as native_cuda  # of "cuda"
 from . import reference
+from . import triton_rows as triton_rows  # of "triton"
 from .codebook import NESTED_BLOCKSIZE
 from .quant_state import ceil_div
 

@@ -326,6 +326,19 @@ def test_the_gpu_rows_are_the_same_cases(monkeypatch):
                     c.gate(call())
 
 
+def test_a_gpu_is_asked_for_what_runs_there_and_for_the_copy_of_every_mix(monkeypatch, capsys):
+    found = [("cuda", "cuda", None), ("cuda", "triton", "no triton"), ("cuda", "reference", None), ("cpu", "cpu", None)]
+    monkeypatch.setattr(bench_quantize.backends, "report", lambda: found)
+    monkeypatch.setattr(bench_quantize, "fastest_tile", lambda traffic, *rest: Mix.of(traffic))
+    at = bench_quantize.cuda_setting(OnHost())
+    assert at.backends == ("cuda",) and at.device == "cuda" and at.l2_bytes == 1000
+    assert "triton is not measured: no triton" in capsys.readouterr().out
+    for form in (bench_quantize.Format(), bench_quantize.Format(torch.float16), bench_quantize.Format(torch.float32)):
+        for traffic in (roofline.dequantize_traffic, roofline.quantize_traffic):
+            mix = Mix.of(traffic(4096 * 4096, form.dtype, nested=form.nested))
+            assert at.tile(mix) == mix
+
+
 def test_the_linear_rows_pass_their_gates():
     for backward in (False, True):
         rows = compare(bench_linear.linear_case(8, torch.float32, backward, N=64, K=96), WallMeter(), rounds=1)

@@ -19,8 +19,8 @@ CODE = ("*.py", "*.cpp", "*.h", "*.cu", "*.cuh", "*.csv", "*.toml", "*.sh")
 FLOORS = (
     {"codebook", "heuristics", "quant_keys", "abi"},
     {"quant_state", "reference", "backends"},
-    {"native", "checks", "triton_rows"},
-    {"native_cuda"},
+    {"native", "checks", "triton_kernels"},
+    {"native_cuda", "triton_rows"},
     {"ops"},
     {"autograd", "staging"},
     {"functional"},
