@@ -1,7 +1,9 @@
-"""Builds nf4lora/libnf4lora_cpu.so: a plain C ABI, loaded with ctypes, so no torch and no Python header is needed here."""
+"""Builds nf4lora/libnf4lora_cpu.so and, where nvcc is, libnf4lora_cuda.so: plain C ABIs, loaded with ctypes, so that no
+torch and no Python header is needed here. NF4LORA_CUDA_ARCHS names other architectures than the default; empty: none."""
 
 import os
 import platform
+import re
 import shutil
 import subprocess
 import tempfile
@@ -12,8 +14,11 @@ from setuptools.command.bdist_wheel import bdist_wheel
 from setuptools.command.build_ext import build_ext
 
 SOURCES = sorted(str(p) for p in Path("csrc/cpu").glob("*.cpp"))
-HEADERS = sorted(str(p) for p in [*Path("csrc").rglob("*.h"), *Path("nf4lora").glob("*.csv")])
+CUDA_SOURCES = sorted(str(p) for p in Path("csrc/cuda").glob("*.cu"))
+HEADERS = sorted(str(p) for p in [*Path("csrc").rglob("*.h"), *Path("csrc").rglob("*.cuh"), *Path("nf4lora").glob("*.csv")])
 FLAGS = "-O3 -std=c++17 -fPIC -fvisibility=hidden -ffp-contract=off -Wall -Wextra -Icsrc -Inf4lora".split()
+NVCC_FLAGS = ("-O3 -std=c++17 --fmad=false -cudart static --threads 2 -Werror all-warnings -Xptxas -warn-spills,-warn-lmem-usage,-Werror "
+              "-Xcompiler -fPIC,-fvisibility=hidden,-Wall,-Wextra -Xlinker -z,relro,-z,now,--exclude-libs,ALL -Icsrc -Inf4lora").split()
 X86 = platform.machine() in ("x86_64", "AMD64")
 AVX2 = ["-mavx2", "-mfma", "-mf16c"]
 AVX512 = [*AVX2, *"-mavx512f -mavx512bw -mavx512vl -mavx512dq -mprefer-vector-width=512".split()]
@@ -25,6 +30,22 @@ def compiler() -> list[str]:
     if not found or not shutil.which(found.split()[0]):
         raise SystemExit("nf4lora: no C++ compiler found. Install one (Debian, Ubuntu: apt install g++) or name it in CXX.")
     return found.split()
+
+
+def cuda() -> list[str]:
+    """nvcc and its targets, machine code of every wanted architecture and PTX of the newest; empty: no CUDA library."""
+    wanted = [a for a in re.split(r"[\s;,]+", os.environ.get("NF4LORA_CUDA_ARCHS", "75 80 86 89 90a 100 120")) if a]
+    folders = [*(f"{os.environ[v]}/bin" for v in ("CUDA_HOME", "CUDA_PATH") if os.environ.get(v)), os.environ.get("PATH", "")]
+    nvcc = shutil.which("nvcc", path=os.pathsep.join(folders))
+    if not wanted or not nvcc:
+        print(f"nf4lora: {'no nvcc found' if wanted else 'NF4LORA_CUDA_ARCHS is empty'}, going on without the CUDA kernels")
+        return []
+    known = subprocess.run([nvcc, "--list-gpu-code"], capture_output=True, text=True, check=True).stdout.split()
+    archs = [a for a in wanted if f"sm_{a.rstrip('af')}" in known]
+    for arch in set(wanted) - set(archs):
+        print(f"nf4lora: this nvcc does not know sm_{arch}, which the CUDA library will lack")
+    ptx = max((a for a in archs if a.isdigit()), key=int, default="")
+    return [nvcc, *(f"-gencode=arch=compute_{a},code=[sm_{a}{f',compute_{a}' if a == ptx else ''}]" for a in archs)] if archs else []
 
 
 def openmp(cxx: list[str]) -> list[str]:
@@ -41,6 +62,10 @@ class BuildLibrary(build_ext):
         return fullname.replace(".", "/") + ".so"
 
     def build_extension(self, ext: Extension) -> None:
+        out = self.get_ext_fullpath(ext.name)
+        os.makedirs(os.path.dirname(out), exist_ok=True)
+        if ext.name.endswith("cuda"):
+            return self.spawn([*CUDA, "-shared", *NVCC_FLAGS, *ext.sources, "-o", out])
         cxx = compiler()
         # api.cpp chooses among the instruction sets; every other file is compiled once for each.
         flags = [*FLAGS, *openmp(cxx), *os.environ.get("CXXFLAGS", "").split()]
@@ -51,8 +76,6 @@ class BuildLibrary(build_ext):
         objects = [f"{self.build_temp}/{name}.o" for name in jobs]
         for target, (source, extra) in zip(objects, jobs.values()):
             self.spawn([*cxx, *flags, *extra, "-c", source, "-o", target])
-        out = self.get_ext_fullpath(ext.name)
-        os.makedirs(os.path.dirname(out), exist_ok=True)
         self.spawn([*cxx, "-shared", *flags, *objects, "-Wl,-z,relro,-z,now", "-o", out])
 
 
@@ -61,5 +84,7 @@ class Wheel(bdist_wheel):
         return "py3", "none", super().get_tag()[2]
 
 
-setup(ext_modules=[Extension("nf4lora.libnf4lora_cpu", SOURCES, depends=HEADERS)],
-      cmdclass={"build_ext": BuildLibrary, "bdist_wheel": Wheel})
+CUDA = cuda()
+LIBRARIES = [Extension("nf4lora.libnf4lora_cpu", SOURCES, depends=[*HEADERS, *CUDA_SOURCES])]  # for sdists made without nvcc
+LIBRARIES += [Extension("nf4lora.libnf4lora_cuda", CUDA_SOURCES, depends=HEADERS)] if CUDA else []
+setup(ext_modules=LIBRARIES, cmdclass={"build_ext": BuildLibrary, "bdist_wheel": Wheel})

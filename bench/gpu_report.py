@@ -27,7 +27,7 @@ from .files import load, write
 
 ROOT = Path(__file__).parents[1]
 PYTHON = "python"  # stands for the interpreter that runs this
-TESTS = ("test_quantize.py", "test_dequantize.py", "test_cuda.py", "test_triton*.py", "test_staging.py")
+TESTS = ("test_quantize.py", "test_dequantize.py", "test_cuda.py", "test_triton*.py")
 WITH_BITSANDBYTES = ("test_bitsandbytes.py",)
 ON_GPU = "(cuda or triton) and not cuda_on_host"
 BACKENDS = ("cuda", "triton")

@@ -49,6 +49,11 @@ def names() -> tuple[str, ...]:
     return tuple(dict.fromkeys([b for order in PRIORITY.values() for b in order] + [b for _, b in _ROWS]))
 
 
+def has(op: str, backend: str) -> bool:
+    """Whether there is a row for `op`, whatever it then refuses."""
+    return (op, backend) in _ROWS
+
+
 def forced() -> str | None:
     """The back end named by the `use_backend` around this call, if any. Compiled code reads it when it runs."""
     return None if torch.compiler.is_compiling() else _forced.get()

@@ -87,3 +87,26 @@ def _fitted(rows: tuple[tuple[int, LinearConfig], ...], M: int, threads: int) ->
     while config.scratch_bytes > SCRATCH_BYTES and config.block_n > 64:
         config = replace(config, block_m=-(-config.block_m // 2), block_n=config.block_n // 2)
     return replace(config, threads=min(threads, SCRATCH_BYTES * threads // config.scratch_bytes))
+
+
+@dataclass(frozen=True)
+class TritonConfig:
+    """One program of a Triton kernel: the weights it takes, a multiple of the blocksize where it quantizes, and its warps."""
+
+    weights: int
+    warps: int
+
+
+def triton_quantize(blocksize: int) -> TritonConfig:
+    """32 weights a thread, so that the fixed costs of a program spread, and whole blocks. Source: calculated."""
+    return TritonConfig(max(4096, blocksize), 4)
+
+
+def triton_dequantize(numel: int) -> TritonConfig:
+    """32 weights a thread, four loads in flight; small tensors in more programs. Source: calculated."""
+    return TritonConfig(4096 if numel >= 1 << 20 else 1024, 4)
+
+
+def triton_quantize_absmax() -> TritonConfig:
+    """One nested block a program: there is one for each 16,384 weights. Source: calculated."""
+    return TritonConfig(256, 2)

@@ -71,12 +71,13 @@ def error_ratio(dtype: torch.dtype, device: str) -> int:
     return len(RATIO_SHAPES)
 
 
-# The small checks run on one thread: for them the second one would only wait.
-CHECKS: dict[str, tuple[Callable[[torch.dtype, str], int], bool]] = {
-    "quantize bytes": (quantize_bytes, False),
-    "dequantize bytes": (dequantize_bytes, False),
-    "T1 exact cases": (exact_cases, False),
-    "T2 error ratio": (error_ratio, True),
+FORMAT, PRODUCT = ("quantize", "quantize_absmax", "dequantize"), ("linear_fwd", "linear_bwd", "lora_bwd")
+# What is checked, whether on one thread (for small checks the second one would only wait), and the ops it takes
+CHECKS: dict[str, tuple[Callable[[torch.dtype, str], int], bool, tuple[str, ...]]] = {
+    "quantize bytes": (quantize_bytes, False, FORMAT),
+    "dequantize bytes": (dequantize_bytes, False, FORMAT),
+    "T1 exact cases": (exact_cases, False, PRODUCT),
+    "T2 error ratio": (error_ratio, True, PRODUCT),
 }
 
 
@@ -93,7 +94,10 @@ def run(names: Sequence[str]) -> Iterator[tuple[str, str, str, str, str | None]]
             yield device, backend, "", f"absent: {why_not}", "wanted in every installation" if backend == "cpu" else None
             continue
         for dtype in DTYPES:
-            for name, (check, threaded) in CHECKS.items():
+            for name, (check, threaded, needed) in CHECKS.items():
+                if missing := [op for op in needed if not backends.has(op, backend)]:
+                    yield device, backend, "", f"{name}: no kernels yet for {', '.join(missing)}", None
+                    continue
                 torch.set_num_threads(threads if threaded else 1)
                 try:
                     with backends.use_backend(backend):

@@ -4,7 +4,7 @@ every back end's are, in test_quantize.py, test_dequantize.py and test_bitsandby
 import pytest
 import torch
 
-from nf4lora import backends, dequantize_4bit, ops, quantize_4bit, reference
+from nf4lora import backends, dequantize_4bit, ops, quantize_4bit, reference, staging
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
 SHAPE = (1024, 4096)
@@ -123,3 +123,15 @@ def test_a_second_device_gets_its_own_launch(gpu):
         pytest.skip("one GPU")
     a = weight().to("cuda:1")
     assert equal(round_trip(a), round_trip(weight()))
+
+
+def test_a_host_tensor_never_lies_on_the_gpu_whole(monkeypatch, gpu):
+    monkeypatch.setattr(staging, "PIECE_BYTES", 1 << 20)
+    a = torch.randn(8 << 20)
+    torch.cuda.synchronize()
+    torch.cuda.reset_peak_memory_stats()
+    before = torch.cuda.memory_allocated()
+    packed, state = quantize_4bit(a, device="cuda")
+    peak = torch.cuda.max_memory_allocated() - before
+    assert peak <= packed.numel() + 4 * state.absmax.numel() + (4 << 20)
+    assert equal([packed, state.absmax], reference.quantize(a, 64, "nf4"))

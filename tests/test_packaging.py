@@ -1,16 +1,23 @@
 """What an install gives: from an sdist, editable, and without a compiler. Each works on a copy of the checkout."""
 
+import ctypes
 import os
+import re
 import shutil
 import subprocess
 import sys
 import sysconfig
+import tarfile
 import zipfile
 from pathlib import Path
 
 import pytest
 
 ROOT = Path(__file__).parents[1]
+NVCC = shutil.which("nvcc")
+needs_nvcc = pytest.mark.skipif(not NVCC, reason="nvcc builds the CUDA library")
+# Nothing, or one architecture, as the kernels of every architecture are compiled by the install under test anyway.
+NO_CUDA, ONE_ARCH = {"NF4LORA_CUDA_ARCHS": ""}, {"NF4LORA_CUDA_ARCHS": "80"}
 TREE = ["pyproject.toml", "setup.py", "README.md", "csrc", "triton_kernels", "nf4lora"]
 
 
@@ -42,10 +49,18 @@ def tree(tmp_path_factory):
 def wheel(tree, tmp_path_factory):
     """The wheel that comes out of the sdist that comes out of the tree."""
     out = tmp_path_factory.mktemp("dist")
-    checked(sys.executable, "-m", "build", "--no-isolation", "--outdir", out, tree, cwd=out)
+    checked(sys.executable, "-m", "build", "--no-isolation", "--outdir", out, tree, cwd=out, **ONE_ARCH)
     assert len(list(out.glob("*.tar.gz"))) == 1
     (wheel,) = out.glob("*.whl")
     return wheel
+
+
+def test_sdist_holds_every_source_with_nvcc_or_without(tree, wheel, tmp_path):
+    checked(sys.executable, "setup.py", "-q", "sdist", "--dist-dir", tmp_path, cwd=tree, **NO_CUDA)
+    wanted = {p.relative_to(ROOT).as_posix() for s in ("*.h", "*.cuh", "*.cpp", "*.cu") for p in (ROOT / "csrc").rglob(s)}
+    for sdist in (*wheel.parent.glob("*.tar.gz"), *tmp_path.glob("*.tar.gz")):
+        held = {name.split("/", 1)[1] for name in tarfile.open(sdist).getnames() if "/" in name}
+        assert "csrc/cuda/quantize.cu" in wanted <= held
 
 
 def test_wheel_serves_every_python_and_torch(wheel):
@@ -57,6 +72,7 @@ def test_wheel_holds_the_package_and_nothing_beside_it(wheel):
     assert {n.split("/")[0] for n in names if ".dist-info/" not in n} == {"nf4lora"}
     for wanted in ("libnf4lora_cpu.so", "nf4_codebook.csv", "nn/lora.py", "cli/__init__.py", "triton_kernels/__init__.py"):
         assert f"nf4lora/{wanted}" in names
+    assert ("nf4lora/libnf4lora_cuda.so" in names) == (NVCC is not None)
 
 
 PROBE = """
@@ -79,6 +95,17 @@ def test_wheel_runs_where_it_is_installed(wheel, tmp_path):
     assert out.startswith(f"ok {tmp_path}")
 
 
+@needs_nvcc
+def test_cuda_library_loads_anywhere_and_shows_its_own_functions_only(wheel, tmp_path):
+    zipfile.ZipFile(wheel).extract("nf4lora/libnf4lora_cuda.so", tmp_path)
+    library = tmp_path / "nf4lora" / "libnf4lora_cuda.so"
+    ctypes.CDLL(str(library))  # CUDA's runtime is inside: no driver and no toolkit is needed
+    names = [line.split()[-1] for line in checked("nm", "-D", "--defined-only", library, cwd=tmp_path).splitlines()]
+    assert "nf4lora_cuda_quantize" in names and all(n.startswith("nf4lora_cuda_") for n in names)
+    needed = re.findall(r"NEEDED.*\[(.*)\]", checked("readelf", "-d", library, cwd=tmp_path))
+    assert not [n for n in needed if "cuda" in n or "torch" in n or "python" in n]
+
+
 def test_editable_install_runs_from_the_tree(tree, tmp_path):
     checked(sys.executable, "-m", "venv", "--without-pip", tmp_path / "venv", cwd=tmp_path)
     python = tmp_path / "venv/bin/python"
@@ -86,7 +113,7 @@ def test_editable_install_runs_from_the_tree(tree, tmp_path):
     for entry in Path(sysconfig.get_path("purelib")).iterdir():
         if not entry.name.startswith(("nf4lora", "__editable__", "__pycache__")) and not Path(site, entry.name).exists():
             Path(site, entry.name).symlink_to(entry)
-    checked(python, "-m", "pip", "install", "--no-deps", "--no-build-isolation", "-e", tree, cwd=tmp_path)
+    checked(python, "-m", "pip", "install", "--no-deps", "--no-build-isolation", "-e", tree, cwd=tmp_path, **NO_CUDA)
     out = checked(python, "-c", PROBE, cwd=tmp_path)
     assert out.startswith(f"ok {tree}")
 
@@ -101,6 +128,56 @@ def test_install_with_a_compiler_that_is_not_there_says_so(tree, tmp_path):
     done = run(sys.executable, "setup.py", "build_ext", "--build-lib", tmp_path, cwd=tree, CXX="no-such-compiler")
     assert done.returncode != 0
     assert "no C++ compiler found" in done.stderr
+
+
+# A compiler that says how it was called and writes an empty file; as nvcc, it knows sm_80 and sm_90.
+PRETENDER = """#!/bin/sh
+echo "called: $0 $*"
+[ "$1" = --list-gpu-code ] && echo sm_80 sm_90
+while [ $# -gt 0 ]; do [ "$1" = -o ] && : > "$2"; shift; done
+"""
+
+
+def built(tree, folder, *tools, **env):
+    """What a build says on a machine of these tools, and the libraries it leaves."""
+    (folder / "bin").mkdir()
+    for tool in ("c++", *tools):
+        (folder / "bin" / tool).write_text(PRETENDER)
+        (folder / "bin" / tool).chmod(0o755)
+    only = {"PATH": str(folder / "bin"), "CXX": "c++", "CUDA_HOME": "", "CUDA_PATH": ""} | env
+    out = checked(sys.executable, "setup.py", "build_ext", "--build-lib", folder / "lib", "--build-temp", folder / "temp", cwd=tree, **only)
+    return out, {p.name for p in (folder / "lib").rglob("*.so")}
+
+
+def test_install_without_nvcc_says_so_and_goes_on(tree, tmp_path):
+    out, libraries = built(tree, tmp_path, NF4LORA_CUDA_ARCHS="80")
+    assert out.count("nf4lora: no nvcc found, going on without the CUDA kernels") == 1
+    assert libraries == {"libnf4lora_cpu.so"}
+
+
+def test_no_architecture_is_no_cuda_library(tree, tmp_path):
+    out, libraries = built(tree, tmp_path, "nvcc", **NO_CUDA)
+    assert out.count("nf4lora: NF4LORA_CUDA_ARCHS is empty, going on without the CUDA kernels") == 1
+    assert libraries == {"libnf4lora_cpu.so"}
+
+
+def test_machine_code_for_each_known_architecture_and_ptx_of_the_newest(tree, tmp_path):
+    out, libraries = built(tree, tmp_path, "nvcc", NF4LORA_CUDA_ARCHS="80;90a, 999")
+    assert out.count("nf4lora: this nvcc does not know sm_999, which the CUDA library will lack") == 1
+    assert libraries == {"libnf4lora_cpu.so", "libnf4lora_cuda.so"}
+    (call,) = [line for line in out.splitlines() if line.startswith("called:") and "-gencode" in line]
+    targets = ["-gencode=arch=compute_80,code=[sm_80,compute_80]", "-gencode=arch=compute_90a,code=[sm_90a]"]
+    assert [word for word in call.split() if word.startswith("-gencode")] == targets
+    for flag in ("--fmad=false", "-cudart static", "-Xptxas -warn-spills,-warn-lmem-usage,-Werror", "-fvisibility=hidden"):
+        assert flag in call
+
+
+def test_nvcc_of_cuda_home_comes_first(tree, tmp_path):
+    (tmp_path / "home" / "bin").mkdir(parents=True)
+    (tmp_path / "home" / "bin" / "nvcc").write_text(PRETENDER)
+    (tmp_path / "home" / "bin" / "nvcc").chmod(0o755)
+    out, _ = built(tree, tmp_path, "nvcc", CUDA_HOME=str(tmp_path / "home"), **ONE_ARCH)
+    assert f"called: {tmp_path}/home/bin/nvcc -gencode" in out and f"called: {tmp_path}/bin/nvcc" not in out
 
 
 def test_the_bare_name_triton_kernels_is_refused():
