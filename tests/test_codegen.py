@@ -140,8 +140,10 @@ def test_the_reader_is_not_fooled(tmp_path, source, flags, reason):
 @pytest.mark.parametrize(("source", "flags"), [(SPILLS, ["-maxrregcount=32"]), (LOCAL_ARRAY, [])])
 def test_the_build_refuses_spills_and_local_arrays_itself(tmp_path, source, flags):
     tree = ast.parse((ROOT / "setup.py").read_text())
-    (value,) = [n.value for n in tree.body if isinstance(n, ast.Assign) and n.targets[0].id == "NVCC_FLAGS"]
-    of_build = ast.literal_eval(value.func.value).split()
+    wanted = ("NVCC_FLAGS", "STRICT")
+    values = [n.value for n in tree.body if isinstance(n, ast.Assign) and n.targets[0].id in wanted]
+    of_build = " ".join(ast.literal_eval(value.func.value) for value in values).split()
+    assert {"-warn-spills,-warn-lmem-usage", "-Werror"} <= set(of_build)
     done, _ = compiled(source, tmp_path, *flags, *[f for f in of_build if not f.startswith("-I")])
     assert done.returncode != 0 and re.search("spill|local memory", done.stderr, re.IGNORECASE), done.stderr
 

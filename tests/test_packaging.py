@@ -162,13 +162,13 @@ def test_no_architecture_is_no_cuda_library(tree, tmp_path):
 
 
 def test_machine_code_for_each_known_architecture_and_ptx_of_the_newest(tree, tmp_path):
-    out, libraries = built(tree, tmp_path, "nvcc", NF4LORA_CUDA_ARCHS="80;90a, 999")
+    out, libraries = built(tree, tmp_path, "nvcc", NF4LORA_CUDA_ARCHS="80;90a, 999", NF4LORA_WERROR="1")
     assert out.count("nf4lora: this nvcc does not know sm_999, which the CUDA library will lack") == 1
     assert libraries == {"libnf4lora_cpu.so", "libnf4lora_cuda.so"}
     (call,) = [line for line in out.splitlines() if line.startswith("called:") and "-gencode" in line]
     targets = ["-gencode=arch=compute_80,code=[sm_80,compute_80]", "-gencode=arch=compute_90a,code=[sm_90a]"]
     assert [word for word in call.split() if word.startswith("-gencode")] == targets
-    for flag in ("--fmad=false", "-cudart static", "-Xptxas -warn-spills,-warn-lmem-usage,-Werror", "-fvisibility=hidden"):
+    for flag in ("--fmad=false", "-cudart static", "-Xptxas -warn-spills,-warn-lmem-usage", "-Werror all-warnings -Xptxas -Werror", "-fvisibility=hidden"):
         assert flag in call
 
 
