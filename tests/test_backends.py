@@ -5,7 +5,7 @@ import threading
 import pytest
 import torch
 
-from nf4lora import backends, heuristics, linear_4bit, native, ops
+from nf4lora import backends, heuristics, linear_4bit, native, ops, triton_rows
 from nf4lora.testing import random_case
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -42,7 +42,8 @@ def test_unknown_name():
 
 
 @pytest.mark.parametrize("name", ["cuda", "triton"])
-def test_a_forced_back_end_never_falls_back(calls, name):
+def test_a_forced_back_end_never_falls_back(calls, monkeypatch, name):
+    monkeypatch.setattr(triton_rows, "interpreted", lambda: False)
     with backends.use_backend(name), pytest.raises(NotImplementedError, match=rf"nf4lora::quantize on cpu.*\n  {name}: "):
         ops.quantize(A, 64, "nf4")
     assert calls == []

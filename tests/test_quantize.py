@@ -261,3 +261,19 @@ def test_row_10_more_than_2_to_the_31_elements(cpu):
     native.host.run("dequantize", abi.DequantizeParams(weight, a.data_ptr(), 1, 2), a.device)
     wanted = reference.dequantize(wanted_packed, wanted_absmax, None, None, [tail], 4096, "nf4", torch.bfloat16)
     assert same_bits(a[-tail:], wanted) and a[2**31 - 5000 : 2**31].count_nonzero() == 0
+
+
+def test_row_10_through_the_kernels_of_a_gpu():
+    """Indices beyond 32 bits in csrc/cuda, where there is no GPU to show it (test_cuda.py)."""
+    numel, tail = 2**31 + 101, 101
+    a = reserve(2 * numel).view(torch.bfloat16)
+    a[-tail:] = last = torch.randn(tail, generator=torch.Generator().manual_seed(0)).bfloat16()
+    with force("cuda_on_host"):
+        packed, absmax = ops.quantize(a, 4096, "nf4")
+        del a
+        out = ops.dequantize(packed, absmax, None, None, [numel], 4096, "nf4", torch.bfloat16)
+    wanted = reference.quantize(last, 4096, "nf4")
+    assert same_bits(packed[2**30 :], wanted[0]) and same_bits(absmax[-1:], wanted[1])
+    assert absmax[:-1].count_nonzero() == 0 and bool((packed[: 2**30] == 0x77).all())
+    assert same_bits(out[-tail:], reference.dequantize(*wanted, None, None, [tail], 4096, "nf4", torch.bfloat16))
+    assert out[: 2**31].count_nonzero() == 0

@@ -25,7 +25,7 @@ def examine() -> dict[str, Any]:
     """Everything `doctor` prints: machine, versions, and one entry a device and back end."""
     import torch
 
-    from .. import backends, native
+    from .. import backends, native, native_cuda
     from .compute import compute_dtype, cpu_flags, device
 
     dtype, why = compute_dtype(device())
@@ -38,6 +38,7 @@ def examine() -> dict[str, Any]:
             "system": platform.platform(), "cores": len(os.sched_getaffinity(0)), "torch threads": torch.get_num_threads(),
             "CPU instruction sets": [f for f in SHOWN_FLAGS if f in cpu_flags()],
             "instruction set of the CPU kernels": native.host.isa(),
+            "CUDA kernels": native_cuda.cuda.load()[1] or "built",
             "torch's CPU capability": torch.backends.cpu.get_cpu_capability(), "CUDA of torch": torch.version.cuda, "GPUs": gpus,
             "compute dtype of finetune": f"{str(dtype)[6:]}: {why}",
         },

@@ -1,0 +1,198 @@
+"""What Triton's compiler makes of the kernels, without a GPU: limits on the machine code, and its PTX run on the CPU."""
+
+import json
+import os
+import subprocess
+import sys
+from dataclasses import replace
+from importlib.util import find_spec
+from pathlib import Path
+
+import pytest
+import torch
+
+from nf4lora import reference
+from nf4lora.codebook import codebook, dynamic_boundaries
+
+ROOT = Path(__file__).parents[1]
+sys.path.append(str(ROOT))  # behind what is installed: bench is not
+
+import ptx_on_host  # noqa: E402
+
+from bench import codegen_triton as codegen  # noqa: E402
+from bench.codegen import Instruction, KernelRow, regressions  # noqa: E402
+
+if find_spec("triton") is None and (sys.platform, os.uname().machine) != ("linux", "x86_64"):
+    pytest.skip("Triton has no release for this machine", allow_module_level=True)
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+
+
+@pytest.fixture(scope="module")
+def built(tmp_path_factory) -> Path:
+    """A folder of rows.json and every variant's PTX, compiled in a process that does not interpret Triton."""
+    folder = tmp_path_factory.mktemp("triton")
+    environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"} | {"TRITON_CACHE_DIR": str(folder / "cache")}
+    code = f"import sys; sys.path.append({str(ROOT)!r}); from bench import codegen_triton; codegen_triton.main()"
+    done = subprocess.run([sys.executable, "-c", code, "--out", folder], env=environment, cwd=folder, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout + done.stderr
+    return folder
+
+
+@pytest.fixture(scope="module")
+def result(built) -> dict:
+    return json.loads((built / "rows.json").read_text())
+
+
+def same_bits(a, b):
+    if a.is_floating_point():
+        a, b = (torch.where(t.isnan(), torch.full_like(t, torch.nan), t) for t in (a, b))
+    return a.dtype == b.dtype and torch.equal(a.reshape(-1).view(torch.uint8), b.reshape(-1).view(torch.uint8))
+
+
+# ---- limits
+
+
+def test_every_kernel_on_every_architecture_keeps_the_rules(result, figures):
+    wanted = {(v.name, f"sm_{arch}") for v, arch in codegen.variants(codegen.expected_archs())}
+    assert {(r["kernel"], r["arch"]) for r in result["rows"]} == wanted
+    assert not result["faults"]
+    figures["Triton kernels compiled without spills, variants times architectures"] += len(wanted)
+
+
+def test_nothing_grew_beyond_what_is_committed(result):
+    rows = [KernelRow(**r) for r in result["rows"]]
+    assert not regressions(rows, codegen.committed())
+    pinned = next(line for line in (ROOT / "constraints.txt").read_text().split() if line.startswith("triton=="))
+    assert pinned.replace("==", " ") in {r.compiler for r in codegen.committed()}
+
+
+def test_the_rules_see_what_they_are_for():
+    variant = codegen.dequantize("bfloat16")
+    opcodes = {"LDG.32": 4, "STG.128": 4, "FMUL": 32}
+    row = KernelRow(variant.name, "sm_90", "triton", 32, 0, 0, 0, 200, 200, 32, 6.25, opcodes)
+    assert not codegen.faults(variant, row)
+    assert "no STG.128" in codegen.faults(variant, replace(row, opcodes={"LDG.32": 4, "STG.64": 8}))[0]
+    assert "has FFMA" in codegen.faults(variant, replace(row, opcodes=opcodes | {"FFMA": 1}))[0]
+    assert "16 bytes through local memory" in codegen.faults(variant, replace(row, spill_bytes=16))[0]
+    assert regressions([replace(row, registers=33)], [row]) and not regressions([row], [row])
+
+
+def test_a_straight_line_ends_before_its_subroutines():
+    names = ["S2R", "EXIT", "CALL.REL.NOINC", "FMUL", "EXIT", "MUFU.RCP", "RET.REL", "NOP"]
+    operands = ["R0, SR_TID.X", "", "0x50", "", "", "", "", ""]
+    listing = [Instruction(16 * n, name, o) for n, (name, o) in enumerate(zip(names, operands, strict=True))]
+    assert [i.opcode for i in codegen.straight_line(listing)] == names[:5]
+
+
+# ---- the PTX itself, inline asm and masks and all, run on the CPU
+
+
+def ptx(built, variant):
+    return (built / f"{variant.name} sm_{codegen.ONCE_ON}.ptx").read_text()
+
+
+DEQUANTIZE = {v.name: v for v in codegen.EVERYWHERE + codegen.ONCE if v.kernel.startswith("dequantize")}
+QUANTIZE = {v.name: v for v in codegen.EVERYWHERE + codegen.ONCE if v.kernel == "quantize.quantize_kernel"}
+
+
+def from_byte_1(t):
+    return torch.empty(t.numel() + 1, dtype=torch.uint8)[1:].copy_(t.reshape(-1)).unsqueeze(1)
+
+
+@pytest.mark.parametrize("quant_type", ("nf4", "fp4"))
+@pytest.mark.parametrize("name", DEQUANTIZE)
+def test_dequantize_as_compiled_gives_the_reference_bytes(built, name, quant_type, figures):
+    variant = DEQUANTIZE[name]
+    blocksize, tail, huge = variant.constants["BLOCKSIZE"], variant.constants["TAIL"], variant.size_type == "i64"
+    dtype = next(d for d, code in codegen.TYPES.items() if code == variant.pointers["out_ptr"])
+    numel = 3 * variant.weights + 8 * 77 + 5 * tail
+    g = torch.Generator().manual_seed(0)
+    packed, absmax = reference.quantize(torch.randn(numel, generator=g), blocksize, quant_type)
+    nested_absmax = offset = None
+    if "nested_absmax_ptr" in variant.pointers:
+        offset = absmax.mean().reshape(1)
+        absmax, nested_absmax = reference.quantize_absmax(absmax, offset)
+    if not variant.constants["ALIGNED"]:
+        packed = from_byte_1(packed)
+    out = torch.full((numel,), torch.nan, dtype=getattr(torch, dtype))
+    # Of a tensor of more than 2**31 elements only the end exists: its programs are the last, but that of the tail
+    before = 2**32 if huge else 0
+    if huge and tail:
+        before = 0  # the first program decodes the tail and must reach the first blocks too
+    operands = {"codebook_ptr": codebook(quant_type), "dynamic_ptr": codebook("dynamic"), "offset_ptr": offset}
+    windows = {
+        "packed_ptr": (packed, before // 2), "absmax_ptr": (absmax, before // blocksize), "out_ptr": (out, before),
+        "nested_absmax_ptr": (nested_absmax, before // blocksize // 256),
+    }  # fmt: skip
+    operands |= {k: ptx_on_host.Window(*w) for k, w in windows.items() if w[0] is not None}
+    first = before // variant.weights
+    count = -(-(numel // 8) // (variant.weights // 8))
+    ptx_on_host.run(ptx(built, variant), arguments(variant, operands, before + numel), range(first, first + count))
+    wanted = reference.dequantize(packed, absmax, nested_absmax, offset, [numel], blocksize, quant_type, out.dtype)
+    assert same_bits(out, wanted)
+    figures["elements compared with compiled Triton kernels' PTX, run on the CPU"] += numel
+
+
+def arguments(variant, operands, numel):
+    """In the kernel's order."""
+    names = [n for n in ORDER[variant.kernel] if n in variant.pointers or n == variant.size]
+    return [numel if n == variant.size else operands[n] for n in names]
+
+
+ORDER = {
+    "dequantize.dequantize_kernel": (
+        "packed_ptr", "absmax_ptr", "nested_absmax_ptr", "offset_ptr", "codebook_ptr", "dynamic_ptr", "out_ptr", "numel",
+    ),
+    "quantize.quantize_kernel": ("a_ptr", "packed_ptr", "absmax_ptr", "cells_ptr", "numel"),
+    "quantize.quantize_absmax_kernel": ("absmax_ptr", "offset_ptr", "codes_ptr", "nested_absmax_ptr", "boundaries_ptr", "groups"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", QUANTIZE)
+def test_quantize_as_compiled_gives_the_reference_bytes(built, name, figures):
+    from nf4lora.triton_kernels.nf4 import cells
+
+    variant = QUANTIZE[name]
+    blocksize, tail, huge = variant.constants["BLOCKSIZE"], variant.constants["TAIL"], variant.size_type == "i64"
+    quant_type = "nf4" if variant.constants["NF4"] else "fp4"
+    dtype = getattr(torch, next(d for d, code in codegen.TYPES.items() if code == variant.pointers["a_ptr"]))
+    numel = 2 * variant.weights + 8 * 77 + 5 * tail
+    a = torch.randn(numel, generator=torch.Generator().manual_seed(0)).to(dtype)
+    if blocksize <= 64:
+        a[100], a[301], a[450], a[640:704], a[768:832], a[-1] = torch.nan, torch.inf, -torch.inf, 0, 0, torch.nan
+        a[770] = 6e-8 if dtype == torch.float16 else 1e-42
+    packed, absmax = torch.full((-(-numel // 2), 1), 0xA5, dtype=torch.uint8), torch.full((-(-numel // blocksize),), torch.nan)
+    before = 2**32 if huge else 0
+    windows = {"a_ptr": (a, before), "packed_ptr": (packed, before // 2), "absmax_ptr": (absmax, before // blocksize)}
+    operands = {k: ptx_on_host.Window(*w) for k, w in windows.items()} | {"cells_ptr": cells(quant_type)}
+    first = before // variant.weights
+    programs = range(first, first - (-numel // variant.weights))
+    ptx_on_host.run(ptx(built, variant), arguments(variant, operands, before + numel), programs)
+    wanted_packed, wanted_absmax = reference.quantize(a, blocksize, quant_type)
+    assert same_bits(packed, wanted_packed) and same_bits(absmax, wanted_absmax)
+    figures["elements compared with compiled Triton kernels' PTX, run on the CPU"] += numel
+
+
+@pytest.mark.parametrize("groups", (1, 256, 700))
+def test_quantize_absmax_as_compiled_gives_the_reference_bytes(built, groups):
+    variant = codegen.quantize_absmax()
+    absmax = torch.rand(groups, generator=torch.Generator().manual_seed(0))
+    if groups == 700:
+        absmax[300], absmax[600] = torch.nan, torch.inf
+    offset = torch.full((1,), 0.5)
+    codes, nested_absmax = torch.full((groups,), 0xA5, dtype=torch.uint8), torch.full((-(-groups // 256),), torch.nan)
+    operands = {"absmax_ptr": absmax, "offset_ptr": offset, "codes_ptr": codes, "nested_absmax_ptr": nested_absmax}
+    operands["boundaries_ptr"] = dynamic_boundaries()
+    ptx_on_host.run(ptx(built, variant), arguments(variant, operands, groups), range(-(-groups // 256)))
+    assert all(map(same_bits, (codes, nested_absmax), reference.quantize_absmax(absmax, offset)))
+
+
+def test_an_access_beyond_an_operand_is_found(built):
+    variant = codegen.dequantize("bfloat16", nested=False)
+    packed, absmax = reference.quantize(torch.randn(4096), 64, "nf4")
+    operands = {"codebook_ptr": codebook("nf4"), "packed_ptr": packed, "absmax_ptr": absmax}
+    for change in ({"absmax_ptr": absmax[:-1]}, {"packed_ptr": packed[:-1]}, {"out_ptr": torch.zeros(4095, dtype=torch.bfloat16)}):
+        given = operands | {"out_ptr": torch.zeros(4096, dtype=torch.bfloat16)} | change
+        with pytest.raises(IndexError, match="beyond the operands"):
+            ptx_on_host.run(ptx(built, variant), arguments(variant, given, 4096), range(1))
