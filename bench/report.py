@@ -27,6 +27,15 @@ _DEMO = (
     ("peak, bytes", "peak_bytes", "{:,}".format),
     ("tokens/s", "tokens_per_s", "{:,.0f}".format),
 )
+# Kernels whose machine code is shown, of bench/codegen.py and bench/codegen_triton.py
+_MACHINE_CODE = {
+    "decode_tiles<__nv_bfloat16, true>": "dequantize to bf16, double quantization",
+    "decode_tiles<__nv_bfloat16, false>": "dequantize to bf16",
+    "encode_blocks<__nv_bfloat16, (QuantType)0, 8>": "quantize bf16 to NF4, blocksize 64",
+    "encode_blocks<__nv_bfloat16, (QuantType)1, 8>": "quantize bf16 to FP4, blocksize 64",
+    "dequantize<bfloat16, nested, 64>": "dequantize to bf16, double quantization, blocksize 64",
+    "quantize<bfloat16, nf4, 64>": "quantize bf16 to NF4, blocksize 64",
+}
 
 
 def markdown(document: dict[str, Any] | None, tables: int | None = None) -> str | None:
@@ -39,6 +48,8 @@ def markdown(document: dict[str, Any] | None, tables: int | None = None) -> str 
         ]
         return table([title for title, _, _ in _DEMO], cells)
     rows = document.get("rows")
+    if isinstance(rows, list) and rows and isinstance(rows[0], dict) and "instructions_per_weight" in rows[0]:
+        return _machine_code(rows)
     if not isinstance(document.get("environment"), dict) or not _of_harness(rows):
         return None
     parts = []
@@ -183,6 +194,19 @@ def _comparison(group: str, rows: list[dict[str, Any]], gpu: bool) -> str:
         lines.append([case, _time(own["time_ms"], _mark(own)), *ratios])
         lines[-1] += [MISSING if own[key] is None else form(own[key]) for key, form in extra]
     return table(header, lines)
+
+
+def _machine_code(rows: list[dict[str, Any]]) -> str:
+    """Instructions a weight by architecture; the most registers of any. A spill or a stack frame would have failed the tests."""
+    shown = [row for row in rows if row["kernel"] in _MACHINE_CODE]
+    archs = sorted({row["arch"] for row in shown}, key=lambda arch: int(re.sub(r"\D", "", arch)))
+    lines = []
+    for kernel, title in _MACHINE_CODE.items():
+        for compiler in sorted({row["compiler"] for row in shown if row["kernel"] == kernel}):
+            of = {row["arch"]: row for row in shown if (row["kernel"], row["compiler"]) == (kernel, compiler)}
+            counts = [f"{of[arch]['instructions_per_weight']:.1f}" if arch in of else "–" for arch in archs]
+            lines.append([title, compiler, str(max(row["registers"] for row in of.values())), *counts])
+    return table(["instructions a weight", "compiler", "registers", *archs], lines)
 
 
 def _of_harness(rows: Any) -> bool:
