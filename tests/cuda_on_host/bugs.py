@@ -1,0 +1,323 @@
+"""Faults planted into kernels, and which of the three builds finds each.
+
+A bug is a text of a kernel, found there exactly once, and what to put in its place; the kernels know nothing of it. It
+is found by the machine's message, a sanitizer's report or a wrong result; clean runs show that none of these come
+without it. From the folder of the tests:
+
+    python -m cuda_on_host.bugs --write
+
+runs them all and writes bench/results/planted_bugs.json.
+"""
+
+import argparse
+import json
+import os
+import re
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterable
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from . import build, errors
+
+KERNELS = Path("tests/cuda_on_host/kernels")
+MMA, WGMMA, SPLITK, REDUCE = (KERNELS / f"{name}.cu" for name in ("gemm_mma", "gemm_wgmma", "splitk_flags", "reduce"))
+QUANTIZE, DEQUANTIZE = Path("csrc/cuda/quantize.cu"), Path("csrc/cuda/dequantize.cu")
+RESULTS = build.ROOT / "bench" / "results" / "planted_bugs.json"
+SEEDS = (0, 1, 2, 3)
+TIMEOUT = 120
+
+# The source file of each case of driver.py.
+SOURCES = {
+    "gemm_mma": MMA, "gemm_mma_transposed": MMA, "gemm_wgmma_ss": WGMMA, "gemm_wgmma_rs": WGMMA,
+    "splitk_ordered": SPLITK, "splitk_last_arriver": SPLITK, "summary": REDUCE, "summary_many_blocks": REDUCE,
+    "reverse": REDUCE, "handoff": REDUCE, "quantize": QUANTIZE, "quantize_absmax": QUANTIZE, "dequantize": DEQUANTIZE,
+    "dequantize_unaligned": DEQUANTIZE,
+}  # fmt: skip
+
+# What a finding of a kind says, in one of the builds; "wrong" is a result that differs.
+KINDS = {
+    "out-of-bounds global read": r"out of bounds|overflow on|use-after|SEGV",
+    "out-of-bounds global write": r"out of bounds|overflow on|use-after|SEGV",
+    "out-of-bounds shared": r"out of bounds|use-after-poison|unknown-crash",
+    "misaligned access": r"misaligned",
+    "read of unwritten shared memory": r"unwritten|uninitiali[sz]ed",
+    "read of unwritten global memory": r"unwritten|uninitiali[sz]ed",
+    "race between warps: read after write": r"race|uninitiali[sz]ed",
+    "race between warps: write after read": r"race",
+    "race between lanes of a warp": r"race|uninitiali[sz]ed",
+    "race between blocks": r"race",
+    "missing wait for another block": r"race",
+    "divergent barrier": r"divergent|deadlock|barrier",
+    "deadlock": r"deadlock",
+    "wrong barrier count": r"deadlock|bad barrier",
+    "shuffle after lanes left": r"warp mask.*ended",
+    "wrong shuffle mask": r"warp mask",
+    "missing wait for cp.async": r"race|unwritten|uninitiali[sz]ed|wrong",
+    "cp.async in flight at exit": r"in flight at exit",
+    "ring without empty-wait": r"race|wrong|too many arrivals",
+    "full-wait skipped": r"race|unwritten|uninitiali[sz]ed|wrong",
+    "missing wait for wgmma": r"in flight at exit|race|wrong",
+    "wrong expected bytes": r"deadlock|no progress",
+    "mbarrier used before its initialisation": r"uninitiali[sz]ed mbarrier",
+    "index overflow": r"signed integer overflow|out of bounds|wrong|memory fault",
+    "table entry never written": r"unwritten|uninitiali[sz]ed|wrong",
+    "wrong fragment": r"wrong",
+    "wrong swizzle": r"wrong",
+    "nibble order": r"wrong",
+    "wrong reduction": r"wrong",
+}
+
+
+@dataclass(frozen=True)
+class Bug:
+    """`text` stands once in the source of `case`; `replacement` takes its place."""
+
+    name: str
+    kind: str
+    case: str
+    text: str
+    replacement: str
+
+    @property
+    def source(self) -> Path:
+        return SOURCES[self.case]
+
+    def plant(self) -> str:
+        """The source with the bug in it. Raises: ValueError unless the text is there exactly once."""
+        source = (build.ROOT / self.source).read_text()
+        if (found := source.count(self.text)) != 1:
+            raise ValueError(f"{self.name}: its text stands {found} times in {self.source}, not once:\n{self.text}")
+        return source.replace(self.text, self.replacement)
+
+
+BUGS = (
+    # ---- gemm_mma.cu
+    Bug("mma-row-tail-read", "out-of-bounds global read", "gemm_mma",
+        "row0 + row < from.rows && column0", "column0"),
+    Bug("mma-row-tail-write", "out-of-bounds global write", "gemm_mma",
+        "if (m0 + row < M && n0 + column < N)", "if (n0 + column < N)"),
+    Bug("mma-shared-too-small", "out-of-bounds shared", "gemm_mma",
+        "4 * kTileBytes + kTile * sizeof(float);", "4 * kTileBytes + kTile / 2 * sizeof(float);"),
+    Bug("mma-bias-half-loaded", "read of unwritten shared memory", "gemm_mma",
+        "if (threadIdx.x < kTile)\n", "if (threadIdx.x < kTile / 2)\n"),
+    Bug("mma-no-barrier-after-wait", "race between warps: read after write", "gemm_mma",
+        "__syncthreads();  // everyone's", "// everyone's"),
+    Bug("mma-no-barrier-before-reuse", "race between warps: write after read", "gemm_mma",
+        "__syncthreads();  // the next", "// the next"),
+    Bug("mma-no-copy-wait", "missing wait for cp.async", "gemm_mma", "        cp_async_wait<1>();\n", ""),
+    Bug("mma-copy-wait-one-short", "missing wait for cp.async", "gemm_mma",
+        "cp_async_wait<1>();", "cp_async_wait<2>();"),
+    Bug("mma-copies-past-the-end", "cp.async in flight at exit", "gemm_mma",
+        "        if (step + 1 < steps)\n            load(step + 1);", "        load(step + 1);"),
+    Bug("mma-misaligned-copy", "misaligned access", "gemm_mma",
+        "const int64_t at = inside ? (row0 + row) * from.columns",
+        "const int64_t at = inside ? (row0 + row) * (from.columns + 1)"),
+    Bug("mma-ldmatrix-row", "wrong fragment", "gemm_mma",
+        "warp_m + i * 16 + lane % 16", "warp_m + i * 16 + lane / 2"),
+    Bug("mma-ldmatrix-not-transposed", "wrong fragment", "gemm_mma_transposed", "ldmatrix_x2_trans(", "ldmatrix_x2("),
+    Bug("mma-accumulator-layout", "wrong fragment", "gemm_mma",
+        "e / 2 * 8, column = warp_n + j * 8 + lane % 4 * 2 + e % 2",
+        "e % 2 * 8, column = warp_n + j * 8 + lane % 4 * 2 + e / 2"),
+    Bug("mma-swizzle-on-one-side", "wrong swizzle", "gemm_mma",
+        "return tile + swizzle128(row * 128 + column * 2);", "return tile + row * 128 + column * 2;"),
+    # ---- gemm_wgmma.cu
+    Bug("ring-no-empty-wait", "ring without empty-wait", "gemm_wgmma_ss",
+        "            mbarrier_wait(shared->empty + stage, (step / kStages - 1) % 2);", "            {}"),
+    Bug("ring-empty-parity", "ring without empty-wait", "gemm_wgmma_ss",
+        "mbarrier_wait(shared->empty + stage, (step / kStages - 1) % 2)",
+        "mbarrier_wait(shared->empty + stage, step / kStages % 2)"),
+    Bug("ring-no-full-wait", "full-wait skipped", "gemm_wgmma_ss",
+        "            mbarrier_wait(shared->full + stage, step / kStages % 2);\n", ""),
+    Bug("ring-bytes-without-tail", "wrong expected bytes", "gemm_wgmma_ss",
+        "static_cast<uint32_t>(rows) * kRowBytes);", "kTile * kRowBytes);"),
+    Bug("ring-bytes-without-codes", "wrong expected bytes", "gemm_wgmma_rs",
+        "kTileBytes + static_cast<uint32_t>(rows) * kRowBytes);", "kTileBytes);"),
+    Bug("ring-count-of-arrivals", "deadlock", "gemm_wgmma_ss",
+        "mbarrier_init(shared->empty + stage, kConsumers)", "mbarrier_init(shared->empty + stage, kThreads)"),
+    Bug("ring-no-barrier-after-init", "mbarrier used before its initialisation", "gemm_wgmma_ss",
+        "        fence_mbarrier_init();\n    }\n    __syncthreads();", "        fence_mbarrier_init();\n    }"),
+    Bug("wgmma-no-barrier-after-decode", "race between warps: read after write", "gemm_wgmma_ss",
+        "            bar_sync(kConsumersMet, kConsumers);\n", ""),
+    Bug("wgmma-barrier-count", "wrong barrier count", "gemm_wgmma_ss",
+        "bar_sync(kConsumersMet, kConsumers);", "bar_sync(kConsumersMet, kThreads);"),
+    Bug("wgmma-wait-one-short", "missing wait for wgmma", "gemm_wgmma_ss",
+        "wgmma_wait<0>(sum);\n            mbarrier_arrive(shared->empty + stage);\n        }\n        const int lane",
+        "wgmma_wait<1>(sum);\n            mbarrier_arrive(shared->empty + stage);\n        }\n        const int lane"),
+    Bug("wgmma-tail-decoded", "read of unwritten shared memory", "gemm_wgmma_ss",
+        "if (row < rows)\n", "if (row <= rows)\n"),
+    Bug("wgmma-nibbles", "nibble order", "gemm_wgmma_ss",
+        "decode_pair(word >> 4 & 15, word & 15)", "decode_pair(word & 15, word >> 4 & 15)"),
+    Bug("wgmma-step-of-descriptor", "wrong fragment", "gemm_wgmma_ss",
+        "wgmma_descriptor(decoded + k * 2)", "wgmma_descriptor(decoded + k)"),
+    Bug("wgmma-register-order", "wrong fragment", "gemm_wgmma_rs",
+        "const int r = row + i % 2 * 8;", "const int r = row + i / 2 * 8;"),
+    # ---- splitk_flags.cu
+    Bug("splitk-no-flag-wait", "missing wait for another block", "splitk_ordered",
+        "    if (threadIdx.x == 0)\n        wait_acquire(flags + blockIdx.x, split);\n", ""),
+    Bug("splitk-released-too-soon", "missing wait for another block", "splitk_ordered",
+        "    __syncthreads();  // all have stored", "    // all have stored"),
+    Bug("splitk-cycle", "deadlock", "splitk_ordered",
+        "wait_acquire(flags + blockIdx.x, split);", "wait_acquire(flags + blockIdx.x, (split + 1) % splits);"),
+    Bug("splitk-counted-too-soon", "race between blocks", "splitk_last_arriver",
+        "= part;\n    __syncthreads();\n    if (threadIdx.x == 0)\n        *arrived",
+        "= part;\n    if (threadIdx.x == 0)\n        *arrived"),
+    Bug("splitk-workspace-tail", "read of unwritten global memory", "splitk_last_arriver",
+        "    if (column < N)\n        workspace", "    if (column + 1 < N)\n        workspace"),
+    # ---- reduce.cu
+    Bug("reduce-lanes-leave", "shuffle after lanes left", "summary",
+        "const int32_t v = inside ? x[i + lane] : 0;",
+        "if (!inside)\n            return;\n        const int32_t v = x[i + lane];"),
+    Bug("reduce-mask-of-absent", "wrong shuffle mask", "summary", "(1u << kWarps) - 1, kWarps)", "kAllLanes, kWarps)"),
+    Bug("reduce-mask-without-caller", "wrong shuffle mask", "summary",
+        "(1u << kWarps) - 1, kWarps)", "(1u << kWarps) - 2, kWarps)"),
+    Bug("reduce-plain-add", "race between blocks", "summary",
+        "atomicAdd(&summary->sum, mine.sum);", "summary->sum += mine.sum;"),
+    Bug("reduce-plain-bins", "race between warps: read after write", "summary",
+        "atomicAdd(bins + (v & (kBins - 1)), 1);", "bins[v & (kBins - 1)] += 1;"),
+    Bug("reduce-barrier-in-branch", "divergent barrier", "summary",
+        "    if (threadIdx.x < kBins)\n        bins[threadIdx.x] = 0;\n    __syncthreads();",
+        "    if (threadIdx.x < kBins) {\n        bins[threadIdx.x] = 0;\n        __syncthreads();\n    }"),
+    Bug("reduce-bin-not-cleared", "table entry never written", "summary",
+        "if (threadIdx.x < kBins)\n", "if (threadIdx.x < kBins - 1)\n"),
+    Bug("reduce-32-bit-share", "index overflow", "summary_many_blocks",
+        "const int64_t begin = numel * blockIdx.x / gridDim.x, end = numel * (blockIdx.x + 1) / gridDim.x;",
+        "const int count = static_cast<int>(numel), blocks = gridDim.x;\n"
+        "    const int begin = count * int(blockIdx.x) / blocks, end = count * int(blockIdx.x + 1) / blocks;"),
+    Bug("reverse-no-syncwarp", "race between lanes of a warp", "reverse",
+        "        __syncwarp();\n        if (lane < length)\n            y[",
+        "        if (lane < length)\n            y["),
+    Bug("reverse-no-syncwarp-at-reuse", "race between lanes of a warp", "reverse",
+        "= mine[length - 1 - lane];\n        __syncwarp();", "= mine[length - 1 - lane];"),
+    Bug("handoff-count", "wrong barrier count", "handoff",
+        "bar_arrive(kFull + b, kThreads);", "bar_arrive(kFull + b, kThreads + 32);"),
+    Bug("handoff-no-empty-wait", "race between warps: write after read", "handoff",
+        "            if (round >= 2)\n                bar_sync(kEmpty + b, kThreads);\n", ""),
+    # ---- csrc/cuda/quantize.cu
+    Bug("quantize-no-barrier-after-table", "race between warps: read after write", "quantize",
+        "        tables->codes[i] = kRanks[quant_type].codes[i];\n    __syncthreads();",
+        "        tables->codes[i] = kRanks[quant_type].codes[i];"),
+    Bug("quantize-nibbles", "nibble order", "quantize",
+        "static_cast<uint8_t>(high << 4 | low)", "static_cast<uint8_t>(low << 4 | high)"),
+    Bug("quantize-short-block-as-long", "out-of-bounds global read", "quantize",
+        "const int64_t end = first + p.blocksize < p.numel ? first + p.blocksize : p.numel;",
+        "const int64_t end = first + p.blocksize;"),
+    Bug("quantize-half-a-group", "wrong reduction", "quantize",
+        "for (int apart = kGroup / 2; apart > 0;", "for (int apart = kGroup / 4; apart > 0;"),
+    Bug("quantize-absmax-boundaries", "table entry never written", "quantize_absmax",
+        "for (unsigned i = threadIdx.x; i < kDynamicCodes - 1; i += kThreads)",
+        "for (unsigned i = threadIdx.x; i < kDynamicCodes - 2; i += kThreads)"),
+    Bug("quantize-absmax-lane-left", "shuffle after lanes left", "quantize_absmax",
+        "const float offset = *p.offset;", "if (first >= end)\n        return;\n    const float offset = *p.offset;"),
+    # ---- csrc/cuda/dequantize.cu
+    Bug("dequantize-no-barrier-after-table", "race between warps: read after write", "dequantize",
+        "    __syncthreads();\n\n    const unsigned lane", "    const unsigned lane"),
+    Bug("dequantize-odd-tail", "out-of-bounds global write", "dequantize", "        if (i + 1 < numel)\n", ""),
+    Bug("dequantize-scale-of-idle-lane", "out-of-bounds global read", "dequantize",
+        "(lane < last_block ? lane : last_block)", "(last_block > 0 ? lane : 0)"),
+    Bug("dequantize-alignment-not-looked-at", "misaligned access", "dequantize_unaligned",
+        "aligned(w.packed, sizeof(typename Step<T>::Codes)) && aligned(p.out", "aligned(p.out"),
+    Bug("dequantize-map-not-filled", "table entry never written", "dequantize",
+        "i < kDynamicCodes * kMapCopies;", "i < (kDynamicCodes - 1) * kMapCopies;"),
+    Bug("dequantize-nibbles", "nibble order", "dequantize",
+        "const int nibble = 4 * (i ^ 1);", "const int nibble = 4 * i;"),
+)  # fmt: skip
+
+
+@dataclass
+class Found:
+    """What each build said of one source: the messages of its runs, none where it is clean."""
+
+    says: dict[str, list[str]] = field(default_factory=dict)
+
+    @property
+    def by(self) -> list[str]:
+        return [variant for variant in build.VARIANTS if self.says.get(variant)]
+
+    def of_its_kind(self, kind: str) -> bool:
+        return any(re.search(KINDS[kind], message) for messages in self.says.values() for message in messages)
+
+
+def try_out(case: str, planted: Bug | None = None, variants: Iterable[str] = build.VARIANTS) -> Found:
+    """Runs a case under all builds, with a bug in its source or none."""
+    source = build.ROOT / SOURCES[case] if planted is None else _write(planted)
+    if case == "summary_many_blocks":
+        # The checker's account of blocks that all meet in one atomic grows with their square, and a clean run is long.
+        variants = set(variants) & {"plain", "address" if planted else "plain"}
+    return Found({v: _run(build.library([source], v), v, case) for v in build.VARIANTS if v in set(variants)})
+
+
+def try_out_all(bugs: Iterable[Bug] = BUGS) -> dict[Bug, Found]:
+    """Each bug with what was found of it, on two cores."""
+    bugs = tuple(bugs)
+    with ThreadPoolExecutor(2) as pool:
+        return dict(zip(bugs, pool.map(lambda bug: try_out(bug.case, bug), bugs), strict=True))
+
+
+def _write(bug: Bug) -> Path:
+    """The source with the bug, beside links to what it includes; at a path that stays, which the build cache knows."""
+    folder = Path(tempfile.gettempdir()) / f"nf4lora-planted-{os.getuid()}" / bug.name
+    source = folder / "cuda" / bug.source.name
+    source.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
+    for header in (*build.CSRC.glob("*.h"), *build.CSRC.glob("*.cuh")):
+        link = folder / header.name
+        if not link.is_symlink() or link.readlink() != header:
+            link.unlink(missing_ok=True)
+            link.symlink_to(header)
+    text = bug.plant()
+    if not source.exists() or source.read_text() != text:
+        temporary = source.with_suffix(f".{os.getpid()}")
+        temporary.write_text(text)
+        temporary.rename(source)
+    return source
+
+
+def _run(library: Path, variant: str, case: str) -> list[str]:
+    """What the runs of a case complain of; under a sanitizer one run, as its first report ends the process."""
+    environment = dict(os.environ)
+    if variant == "address":
+        ubsan = subprocess.run(["g++", "-print-file-name=libubsan.so"], capture_output=True, text=True, check=True)
+        preload = f"{build.libasan()} {Path(ubsan.stdout.strip()).resolve()}"
+        environment |= {"LD_PRELOAD": preload, "ASAN_OPTIONS": "detect_leaks=0"}
+    seeds = SEEDS[1:2] if variant == "address" else SEEDS
+    command = [sys.executable, str(build.HERE / "driver.py"), str(library), case, *map(str, seeds)]
+    environment.pop("PYTHONPATH", None)
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, timeout=TIMEOUT, env=environment, check=False)
+    except subprocess.TimeoutExpired:
+        return [f"no end within {TIMEOUT} s"]
+    results = [json.loads(line) for line in done.stdout.split("\n") if line.startswith("{")]
+    messages = [errors.resolve(r["error"], library) for r in results if r["error"]]
+    messages += [f"wrong: {r['wrong']}" for r in results if r["wrong"]]
+    if len(results) < len(seeds):
+        report = re.search(r"runtime error: .*|ERROR: AddressSanitizer: .*", done.stderr)
+        messages.append(report[0] if report else f"ended with {done.returncode}: {done.stderr[-500:]}")
+    return messages
+
+
+def main() -> None:
+    arguments = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    arguments.add_argument("names", nargs="*", help="bugs; all if none is named")
+    arguments.add_argument("--write", action="store_true", help=f"write {RESULTS.relative_to(build.ROOT)}")
+    given = arguments.parse_args()
+    found = try_out_all([b for b in BUGS if not given.names or b.name in given.names])
+    rows = [
+        {"bug": b.name, "kind": b.kind, "file": str(b.source), **{v: v in f.by for v in build.VARIANTS},
+         "of_its_kind": f.of_its_kind(b.kind)}
+        for b, f in found.items()
+    ]  # fmt: skip
+    for row, messages in zip(rows, found.values(), strict=True):
+        marks = " ".join("found" if row[v] else "  -  " for v in build.VARIANTS)
+        first = next((m for says in messages.says.values() for m in says), "NOT FOUND")
+        print(f"{row['bug']:38} {marks}  {'' if row['of_its_kind'] else 'NOT OF ITS KIND '}{first[:150]}")
+    if given.write:
+        count = {v: sum(row[v] for row in rows) for v in build.VARIANTS}
+        table = {"bugs": len(rows), "found": sum(bool(f.by) for f in found.values()), "found_by": count, "seeds": SEEDS}
+        RESULTS.write_text(json.dumps({**table, "rows": rows}, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,354 @@
+"""Runs sample kernels and csrc/cuda on the CPU and holds their results against numpy: `CASES`, and a command line.
+
+    python driver.py LIBRARY CASE SEED...
+
+prints one JSON object a seed: `error` (the machine's message or null) and `wrong` (what differs, or null). Needs ctypes
+and numpy only, so that a process with a preloaded sanitizer starts fast.
+"""
+
+import importlib.util
+import json
+import os
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from ctypes import CDLL, Structure, byref, c_char_p, c_int32, c_int64, c_void_p
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+HERE = Path(__file__).resolve().parent
+PACKAGE = HERE.parents[1] / "nf4lora"
+GUARD, GUARD_BYTE = 256, 0xA5
+
+
+class Wrong(Exception):
+    """A kernel's result is not what it should be."""
+
+
+class Device:
+    """One library's machine: its memory between guard bytes, its schedule, its launches."""
+
+    def __init__(self, library: str | os.PathLike[str]) -> None:
+        self.library = CDLL(os.fspath(library))
+        for name in ("build", "profile"):
+            getattr(self.library, f"cuda_on_host_{name}").restype = c_char_p
+        self.build = self.library.cuda_on_host_build().decode()
+        self._buffers: list[tuple[str, np.ndarray, np.ndarray]] = []
+
+    @contextmanager
+    def memory(self, seed: int, resident: bool = False) -> Iterator["Device"]:
+        """Buffers live until the end of this block, where their guard bytes are looked at."""
+        self.library.cuda_on_host_schedule(seed)
+        self.library.cuda_on_host_resident(int(resident))
+        try:
+            yield self
+            for name, raw, _ in self._buffers:
+                if self._guard and not ((raw[:GUARD] == GUARD_BYTE).all() and (raw[-GUARD:] == GUARD_BYTE).all()):
+                    raise Wrong(f"bytes beside {name} were written")
+        finally:
+            self.library.cuda_on_host_forget_all()
+            self.library.cuda_on_host_resident(0)
+            self._buffers.clear()
+
+    @property
+    def _guard(self) -> int:
+        return 0 if self.build == "address" else GUARD  # AddressSanitizer guards malloc's memory itself
+
+    def put(self, name: str, array: np.ndarray, written: bool = True, shift: int = 0) -> np.ndarray:
+        """A copy of the array in the machine's memory, registered; unwritten memory is all ones.
+
+        shift: bytes beyond an aligned address.
+        """
+        array = np.ascontiguousarray(array)
+        raw = np.full(array.nbytes + 2 * self._guard + shift, GUARD_BYTE, np.uint8)
+        inside = raw[self._guard + shift : self._guard + shift + array.nbytes]
+        inside[:] = array.view(np.uint8).reshape(-1) if written else 0xFF
+        self.library.cuda_on_host_register(
+            c_void_p(inside.ctypes.data), c_int64(array.nbytes), c_int32(written), c_char_p(name.encode())
+        )
+        self._buffers.append((name, raw, inside))
+        return inside.view(array.dtype).reshape(array.shape)
+
+    def empty(self, name: str, shape: Any, dtype: Any) -> np.ndarray:
+        return self.put(name, np.empty(shape, dtype), written=False)
+
+    def run(self, function: str, *arguments: Any) -> None:
+        """Calls an extern "C" launcher. Raises: RuntimeError with the machine's message."""
+        launcher = getattr(self.library, function)
+        launcher.restype = c_char_p
+        message = launcher(*map(_as_ctypes, arguments), c_void_p(None))
+        if message:
+            raise RuntimeError(message.decode())
+
+
+def _as_ctypes(argument: Any) -> Any:
+    if argument is None or isinstance(argument, np.ndarray):
+        return c_void_p(None if argument is None else argument.ctypes.data)
+    return c_int64(argument) if isinstance(argument, int) else argument
+
+
+def equal(name: str, got: np.ndarray, expected: np.ndarray) -> None:
+    """Raises: Wrong unless every byte is the same."""
+    same = got.view(f"u{got.itemsize}") == expected.astype(got.dtype).view(f"u{got.itemsize}")
+    if not same.all():
+        at = tuple(int(i) for i in np.argwhere(~same)[0])
+        count = f"{int((~same).sum())} of {same.size} differ"
+        raise Wrong(f"{name}: {count}, the first at {at}: {got[at]} instead of {expected[at]}")
+
+
+# ---- 16-bit floats as their bits
+
+
+def to_bf16(v: np.ndarray) -> np.ndarray:
+    """Bits of the nearest bfloat16, ties to even; v is finite."""
+    bits = v.astype(np.float32).view(np.uint32)
+    return ((bits + 0x7FFF + (bits >> 16 & 1)) >> 16).astype(np.uint16)
+
+
+def from_bf16(bits: np.ndarray) -> np.ndarray:
+    return (bits.astype(np.uint32) << 16).view(np.float32)
+
+
+def to_half(v: np.ndarray) -> np.ndarray:
+    return v.astype(np.float16).view(np.uint16)
+
+
+def swizzle128(offset: np.ndarray) -> np.ndarray:
+    """Where byte `offset` of a tile of 128-byte rows lies."""
+    row, piece, byte = offset // 128, offset // 16 % 8, offset % 16
+    return row * 128 + (piece ^ row % 8) * 16 + byte
+
+
+def integers(shape: Any, high: int, seed: int) -> np.ndarray:
+    """Whole numbers of [-high, high], as float64."""
+    return np.random.default_rng(seed).integers(-high, high + 1, shape).astype(np.float64)
+
+
+# ---- cases: each runs kernels of one library under one seed
+
+
+def gemm_mma(device: Device, seed: int, M: int, N: int, K: int, half: int, rounded: int, transposed: int) -> None:
+    a, b, bias = integers((M, K), 6, 1), integers((N, K), 6, 2), integers(N, 99, 3)
+    narrow = to_half if half else to_bf16
+    expected = a @ b.T + bias
+    with device.memory(seed):
+        out = device.empty("c", (M, N), np.uint16 if rounded else np.float32)
+        operands = device.put("a", narrow(a)), device.put("b", narrow(b.T if transposed else b))
+        device.run("gemm_mma", *operands, device.put("bias", bias.astype(np.float32)), out, M, N, K,
+                   c_int32(half), c_int32(rounded), c_int32(transposed))  # fmt: skip
+        equal("c", out, narrow(expected) if rounded else expected.astype(np.float32))
+
+
+def tiles_of(x: np.ndarray) -> np.ndarray:
+    """bf16 bits [M, K] as tiles [ceil(M / 64), K / 64, 64 * 64], each as it lies in shared memory."""
+    M, K = x.shape
+    padded = np.zeros((-(-M // 64) * 64, K), np.uint16)
+    padded[:M] = x
+    tiles = padded.reshape(-1, 64, K // 64, 64).transpose(0, 2, 1, 3).reshape(-1, K // 64, 64 * 64)
+    swizzled = np.empty_like(tiles)
+    swizzled[:, :, swizzle128(np.arange(64 * 64) * 2) // 2] = tiles
+    return swizzled
+
+
+def gemm_wgmma(device: Device, seed: int, M: int, N: int, K: int, from_registers: int) -> None:
+    x, codes = integers((M, K), 8, 4), np.random.default_rng(5).integers(0, 16, (N, K))
+    packed = (codes[:, 0::2] << 4 | codes[:, 1::2]).astype(np.uint8)
+    with device.memory(seed):
+        y = device.empty("y", (M, N), np.float32)
+        device.run("gemm_wgmma", device.put("x", tiles_of(to_bf16(x))), device.put("w", packed), y, M, N, K,
+                   c_int32(from_registers))  # fmt: skip
+        equal("y", y, (x @ (codes - 8.0).T).astype(np.float32))
+
+
+def splitk(device: Device, seed: int, N: int, K: int, splits: int, ordered: bool) -> None:
+    x, w = integers(K, 8, 6), integers((K, N), 8, 7)
+    tiles = -(-N // 64)
+    with device.memory(seed, resident=ordered):
+        y, flags = device.empty("y", N, np.float32), device.put("flags", np.zeros(tiles, np.uint32))
+        operands = device.put("x", x.astype(np.float32)), device.put("w", w.astype(np.float32))
+        for _ in range(2):  # the first launch must leave the flags as it found them
+            if ordered:
+                device.run("splitk_ordered", *operands, y, flags, N, K, c_int32(splits))
+            else:
+                workspace = device.empty("workspace", (splits, N), np.float32)
+                device.run("splitk_last_arriver", *operands, y, workspace, flags, N, K, c_int32(splits))
+            equal("y", y, (x @ w).astype(np.float32))
+            equal("flags", flags, np.zeros(tiles, np.uint32))
+
+
+def summary(device: Device, seed: int, numel: int, blocks: int) -> None:
+    x = integers(numel, 1000, 8).astype(np.int32)
+    start = np.zeros(20, np.int32)
+    start[1] = -(2**31)
+    edges = numel * np.arange(blocks + 1) // blocks
+    runs = [x[i : min(i + 32, end)] for begin, end in pairwise(edges) for i in range(begin, end, 32)]
+    falling = sum(bool((np.diff(run) < 0).any()) for run in runs)
+    expected = [x.sum(), x.max(), (x < 0).sum(), falling, *np.bincount(x & 15, minlength=16)]
+    with device.memory(seed):
+        found = device.put("summary", start)
+        device.run("reduce_summary", device.put("x", x), found, numel, c_int32(blocks))
+        equal("summary", found, np.array(expected))
+
+
+def reverse(device: Device, seed: int, numel: int, blocks: int) -> None:
+    x = integers(numel, 1000, 9).astype(np.int32)
+    with device.memory(seed):
+        y = device.empty("y", numel, np.int32)
+        device.run("reduce_reverse", device.put("x", x), y, numel, c_int32(blocks))
+        equal("y", y, np.concatenate([x[i : i + 32][::-1] for i in range(0, numel, 32)]))
+
+
+def handoff(device: Device, seed: int, numel: int) -> None:
+    x = integers(numel, 1000, 10).astype(np.int32)
+    with device.memory(seed):
+        y = device.empty("y", numel, np.int32)
+        device.run("reduce_handoff", device.put("x", x), y, numel)
+        equal("y", y, 2 * x + 1)
+
+
+# ---- csrc/cuda, against the definition in numpy
+
+
+def _abi() -> Any:
+    """nf4lora/abi.py without its package, whose import brings torch."""
+    spec = importlib.util.spec_from_file_location("nf4lora_abi", PACKAGE / "abi.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def _map(name: str) -> np.ndarray:
+    return np.array([float(v) for v in (PACKAGE / f"{name}_codebook.csv").read_text().split(",")], np.float32)
+
+
+def _params(struct: type[Structure], **fields: Any) -> Structure:
+    pointers = {n: v.ctypes.data if isinstance(v, np.ndarray) else v for n, v in fields.items()}
+    return struct(**pointers)
+
+
+def _weights(numel: int, dtype: int) -> tuple[np.ndarray, np.ndarray]:
+    """The stored weight and its values in float32, some blocks of them zero or tiny."""
+    v = np.random.default_rng(11).standard_normal(numel).astype(np.float32) * np.float32(0.02)
+    v[64:128] = 0
+    v[128:192] *= np.float32(2.0**-140)
+    if dtype == 0:
+        return v, v
+    bits = to_bf16(v) if dtype == 1 else to_half(v)
+    return bits, from_bf16(bits) if dtype == 1 else bits.view(np.float16).astype(np.float32)
+
+
+def _blocks(v: np.ndarray, blocksize: int) -> np.ndarray:
+    """[blocks, blocksize], zeros at the end."""
+    return np.pad(v, (0, -len(v) % blocksize)).reshape(-1, blocksize)
+
+
+def quantize(device: Device, seed: int, numel: int, blocksize: int, dtype: int, quant_type: int, workers: int) -> None:
+    stored, v = _weights(numel, dtype)
+    code = _map("fp4" if quant_type else "nf4")
+    order = np.argsort(code, kind="stable")
+    boundary = np.float32(0.5) * (code[order][1:] + code[order][:-1])
+    blocks = _blocks(v, blocksize)
+    absmax = np.abs(blocks).max(1)
+    scaled = blocks * (np.float32(1) / np.maximum(absmax, np.float32(1e-38)))[:, None]
+    codes = order[(scaled[..., None] > boundary).sum(-1)].reshape(-1)[: numel + numel % 2]
+    with device.memory(seed):
+        packed, found = (
+            device.empty("packed", (numel + 1) // 2, np.uint8),
+            device.empty("absmax", len(absmax), np.float32),
+        )
+        fields = {"numel": numel, "blocksize": blocksize, "dtype": dtype, "quant_type": quant_type, "workers": workers}
+        params = _params(_abi().QuantizeParams, a=device.put("a", stored), packed=packed, absmax=found, **fields)
+        device.run("nf4lora_cuda_quantize", byref(params))
+        equal("absmax", found, absmax)
+        equal("packed", packed, (codes[0::2] << 4 | codes[1::2]).astype(np.uint8))
+
+
+def quantize_absmax(device: Device, seed: int, nblocks: int, nested: int) -> None:
+    absmax = np.abs(np.random.default_rng(12).standard_normal(nblocks)).astype(np.float32)
+    offset = np.array([absmax.mean()], np.float32)
+    code = _map("dynamic").astype(np.float64)
+    blocks = _blocks(absmax - offset, nested)
+    scale = np.abs(blocks).max(1)
+    scaled = blocks * (np.float32(1) / np.maximum(scale, np.float32(1e-38)))[:, None]
+    codes = np.searchsorted((code[1:] + code[:-1]) / 2, scaled.astype(np.float64).reshape(-1)[:nblocks])
+    with device.memory(seed):
+        found = device.empty("codes", nblocks, np.uint8)
+        found_scale = device.empty("nested_absmax", len(scale), np.float32)
+        operands = {"absmax": device.put("absmax", absmax), "offset": device.put("offset", offset)}
+        operands |= {"codes": found, "nested_absmax": found_scale}
+        params = _params(_abi().QuantizeAbsmaxParams, **operands, nblocks=nblocks, nested_blocksize=nested)
+        device.run("nf4lora_cuda_quantize_absmax", byref(params))
+        equal("nested_absmax", found_scale, scale)
+        equal("codes", found, codes.astype(np.uint8))
+
+
+def dequantize(
+    device: Device, seed: int, numel: int, blocksize: int, dtype: int, nested: int, workers: int, shift: int = 0
+) -> None:
+    random = np.random.default_rng(13)
+    nblocks = -(-numel // blocksize)
+    packed = random.integers(0, 256, (numel + 1) // 2).astype(np.uint8)
+    codes = np.stack([packed >> 4, packed & 15], 1).reshape(-1)[:numel]
+    if nested:
+        stored = random.integers(0, 256, nblocks).astype(np.uint8)
+        scale, offset = random.random(-(-nblocks // nested)).astype(np.float32) + 1, np.array([0.7], np.float32)
+        absmax = _map("dynamic")[stored] * scale[np.arange(nblocks) // nested] + offset
+    else:
+        absmax = stored = random.random(nblocks).astype(np.float32)
+    values = _map("nf4")[codes] * absmax[np.arange(numel) // blocksize]
+    abi = _abi()
+    with device.memory(seed):
+        out = device.empty("out", numel, np.float32 if dtype == 0 else np.uint16)
+        operands = {"packed": device.put("packed", packed, shift=shift), "absmax": device.put("absmax", stored)}
+        if nested:
+            operands |= {"nested_absmax": device.put("nested_absmax", scale), "offset": device.put("offset", offset)}
+        sizes = {"rows": 1, "cols": numel, "blocksize": blocksize, "nested_blocksize": nested or 1}
+        w = _params(abi.Weight, **operands, **sizes, quant_type=0)
+        params = _params(abi.DequantizeParams, w=w, out=out, dtype=dtype, workers=workers)
+        device.run("nf4lora_cuda_dequantize", byref(params))
+        equal("out", out, values if dtype == 0 else to_bf16(values) if dtype == 1 else to_half(values))
+
+
+# What planted bugs and the clean kernels are run on: name -> (sources, calls)
+Call = tuple[Callable[..., None], tuple[Any, ...]]
+CASES: dict[str, tuple[Call, ...]] = {
+    "gemm_mma": ((gemm_mma, (70, 72, 136, 0, 0, 0)),),
+    "gemm_mma_transposed": ((gemm_mma, (33, 72, 72, 1, 1, 1)),),
+    "gemm_wgmma_ss": ((gemm_wgmma, (70, 75, 320, 0)),),
+    "gemm_wgmma_rs": ((gemm_wgmma, (70, 75, 320, 1)),),
+    "splitk_ordered": ((splitk, (100, 57, 4, True)),),
+    "splitk_last_arriver": ((splitk, (100, 57, 4, False)),),
+    "summary": ((summary, (1001, 2)),),
+    "summary_many_blocks": ((summary, (700_001, 4600)),),
+    "reverse": ((reverse, (1001, 2)),),
+    "handoff": ((handoff, (333,)),),
+    "quantize": ((quantize, (3 * 4096 + 37, 64, 1, 0, 2)), (quantize, (2 * 2048 + 129, 512, 0, 1, 2))),
+    "quantize_absmax": ((quantize_absmax, (1300, 256)),),
+    "dequantize_unaligned": ((dequantize, (8192 + 77, 64, 1, 0, 2, 1)),),
+    "dequantize": ((dequantize, (2 * 8192 + 77, 64, 1, 256, 2)), (dequantize, (8192 + 77, 128, 0, 0, 2))),
+}
+
+
+def run(device: Device, case: str, seed: int) -> dict[str, str | None]:
+    """`error`: the machine's message; `wrong`: which result differs."""
+    try:
+        for function, arguments in CASES[case]:
+            function(device, seed, *arguments)
+    except RuntimeError as error:
+        return {"error": str(error), "wrong": None}
+    except Wrong as wrong:
+        return {"error": None, "wrong": str(wrong)}
+    return {"error": None, "wrong": None}
+
+
+def main(library: str, case: str, *seeds: str) -> None:
+    device = Device(library)
+    for seed in seeds:
+        print(json.dumps({"seed": int(seed), **run(device, case, int(seed))}), flush=True)
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])
