@@ -90,7 +90,7 @@ extern "C" {
 void cuda_on_host_schedule(uint32_t seed);
 // 1: all blocks of a grid are resident at once and take turns, for kernels whose blocks wait for one another.
 void cuda_on_host_resident(int32_t on);
-// Device memory. Kernels may touch registered memory, their shared memory, stack, constants and arguments; nothing else.
+// Device memory. Kernels may touch registered memory, their shared memory, stack, constants, arguments; nothing else.
 // `written` 0: reading a byte of it before a kernel has written it is an error. Overlapping ones become one.
 void cuda_on_host_register(const void *p, uint64_t bytes, int32_t written, const char *name);
 void cuda_on_host_forget_all();
