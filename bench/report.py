@@ -16,17 +16,6 @@ README = RESULTS.parents[1] / "README.md"
 REGION = re.compile(r"(<!-- bench:(\w+)(?::(\d+))? -->\n).*?(<!-- /bench -->)", re.DOTALL)
 MISSING = "not measured"
 NEEDS_GPU = "Not measured: `python -m bench.gpu_report` on a machine with a GPU measures it."
-_DEMO = (
-    ("model", "name", str),
-    ("before", "before", "{:.4f}".format),
-    ("after", "after", "{:.4f}".format),
-    ("change", "change", "{:+.1%}".format),
-    ("trainable", "trainable_parameters", "{:,}".format),
-    ("weights, bytes", "weight_bytes", "{:,}".format),
-    ("optimizer, bytes", "optimizer_bytes", "{:,}".format),
-    ("peak, bytes", "peak_bytes", "{:,}".format),
-    ("tokens/s", "tokens_per_s", "{:,.0f}".format),
-)
 # Kernels whose machine code is shown, of bench/codegen.py and bench/codegen_triton.py
 _MACHINE_CODE = {
     "decode_tiles<__nv_bfloat16, true>": "dequantize to bf16, double quantization",
@@ -43,10 +32,11 @@ def markdown(document: dict[str, Any] | None, tables: int | None = None) -> str 
     if document is None:
         return NEEDS_GPU
     if "curves" in document:
-        cells = [
-            ["–" if row.get(key) is None else form(row[key]) for _, key, form in _DEMO] for row in document["rows"]
-        ]
-        return table([title for title, _, _ in _DEMO], cells)
+        from nf4lora.cli.report import COLUMNS  # here, as the report of a GPU machine does without the command line
+
+        columns = COLUMNS[: [key for _, key, _ in COLUMNS].index("lr")]
+        cells = [["–" if row.get(key) is None else form(row[key]) for _, key, form in columns] for row in document["rows"]]
+        return table([title for title, _, _ in columns], cells)
     rows = document.get("rows")
     if isinstance(rows, list) and rows and isinstance(rows[0], dict) and "instructions_per_weight" in rows[0]:
         return _machine_code(rows)

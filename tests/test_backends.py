@@ -5,7 +5,7 @@ import threading
 import pytest
 import torch
 
-from nf4lora import backends, heuristics, linear_4bit, native, ops, triton_rows
+from nf4lora import backends, heuristics, linear_4bit, native, ops, selftest, triton_rows
 from nf4lora.testing import random_case
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -136,3 +136,12 @@ def test_host_tiles_fit_their_scratch(choose):
             config = choose(M, threads)
             assert config.scratch_bytes <= 8 * 2**20 and config.block_k % 64 == 0
             assert 1 <= config.threads <= threads and min(config.block_m, config.block_n) >= 1
+
+
+def test_selftest_says_which_ops_a_back_end_has_no_kernels_for(monkeypatch):
+    rows = {key: row for key, row in backends._ROWS.items() if key[1] != "cpu" or key[0] in selftest.FORMAT}
+    monkeypatch.setattr(backends, "_ROWS", rows)
+    monkeypatch.setattr(selftest, "DTYPES", (torch.float32,))
+    found = [(checked, failure) for _, _, _, checked, failure in selftest.run(["cpu"])]
+    assert all(failure is None for _, failure in found)
+    assert [checked.partition(":")[2] for checked, _ in found][2:] == [" no kernels yet for linear_fwd, linear_bwd, lora_bwd"] * 2
