@@ -21,6 +21,7 @@ from .timing import Contender, CudaMeter, cold_sets
 
 SHAPES = ((14336, 4096), (4096, 4096), (1024, 4096))
 SWEEP = tuple(2**k for k in range(18, 30, 2))
+CPU_SWEEP = tuple(2**k for k in range(14, 26, 2))
 
 
 @dataclass(frozen=True)
@@ -110,10 +111,13 @@ def dequantize_case(shape: tuple[int, ...], form: Format, at: Setting, **of_case
 CASES = {"quantize": quantize_case, "dequantize": dequantize_case}
 
 
-def cpu_cases(shape: tuple[int, ...] = (4096, 4096)) -> Iterator[Callable[[], Case]]:
-    """The rows of the host kernels."""
+def cpu_cases(shape: tuple[int, ...] = (4096, 4096), sweep: tuple[int, ...] = ()) -> Iterator[Callable[[], Case]]:
+    """The rows of the host kernels, and a sweep over sizes."""
     for make in CASES.values():
         yield lambda make=make: make(shape, Format(), Setting())
+    for numel in sweep:
+        for name, make in CASES.items():
+            yield lambda name=name, make=make, numel=numel: make((1, numel), Format(), Setting(), sweep=name, x=numel)
 
 
 def cuda_cases(at: Setting) -> Iterator[Callable[[], Case]]:
@@ -127,7 +131,7 @@ def cuda_cases(at: Setting) -> Iterator[Callable[[], Case]]:
             yield lambda name=name, form=form: CASES[name](SHAPES[1], form, at)
     for numel in SWEEP:
         for name in ("dequantize", "quantize"):
-            yield lambda name=name, numel=numel: CASES[name]((numel,), Format(), at, sweep=name, x=numel)
+            yield lambda name=name, numel=numel: CASES[name]((1, numel), Format(), at, sweep=name, x=numel)
 
 
 def cuda_setting(meter: CudaMeter) -> Setting:
@@ -192,14 +196,14 @@ def _states(state: QuantState, sets: int) -> list[QuantState]:
 
 
 def _name(shape: tuple[int, ...]) -> str:
-    return " × ".join(map(str, shape)) if len(shape) > 1 else f"2^{shape[0].bit_length() - 1}"
+    return " × ".join(map(str, shape)) if shape[0] > 1 else f"2^{shape[-1].bit_length() - 1}"
 
 
 def main() -> int:
     asked = options(__doc__)
     meter = meter_for(asked.device)
     if asked.device == "cpu":
-        return run("cpu_quantize", cpu_cases(), meter, out=asked.out)
+        return run("cpu_quantize", cpu_cases(sweep=CPU_SWEEP), meter, out=asked.out)
     return run("cuda_quantize", cuda_cases(cuda_setting(meter)), meter, out=asked.out)
 
 

@@ -5,6 +5,7 @@ import signal
 import subprocess
 import sys
 import time
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -123,7 +124,9 @@ def test_held_out_text_is_never_trained_on():
 
 def test_ctrl_c_ends_the_run_and_its_process(tmp_path):
     command = [sys.executable, "-m", "nf4lora.cli", "finetune", "--output", tmp_path]
-    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
+    # What a shell runs in the background ignores the signal, and so would this process
+    heed = partial(signal.signal, signal.SIGINT, signal.SIG_DFL)
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, preexec_fn=heed) as process:
         until = time.monotonic() + 60
         while not (tmp_path / "logs" / "pretrain.log").exists():
             assert process.poll() is None and time.monotonic() < until

@@ -101,6 +101,13 @@ def test_asm_is_in_ptx_cuh_only():
     assert found <= {"csrc/ptx.cuh", "triton_kernels/nf4.py"}
 
 
+def test_kernel_text_is_plain():
+    """What differs between the device and the host machine is in ptx.cuh alone, so kernels need no case for either."""
+    pattern = re.compile(r"^\s*#\s*(if|ifdef|ifndef|elif)\b|<<<|\b__shared__\b|\bcub::|\bcute::", re.M)
+    kernels = files("csrc", suffixes=("*.cu",))
+    assert len(kernels) > 2 and not [p for p in kernels if pattern.search(p.read_text())]
+
+
 def test_no_fast_math():
     setup = (ROOT / "setup.py").read_text()
     assert not re.search("fast.?math|-Ofast|-funsafe", setup) and "-ffp-contract=off" in setup
