@@ -4,7 +4,6 @@ import torch
 from torch import Tensor
 
 from . import ops
-from .codebook import BLOCKSIZES
 from .quant_state import ceil_div
 
 # Two of these are pinned on the host while two are on the device; a multiple of every blocksize in every dtype.

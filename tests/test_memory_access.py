@@ -26,10 +26,7 @@ class Site(NamedTuple):
 
 @pytest.fixture(scope="module")
 def machine():
-    checker = backend.Machine("checker")
-    checker.backend = "cuda_on_host, checked"
-    assert checker.load()[1] is None
-    backend.build.declare(checker.load()[0])
+    checker = backend.machine("checker")
     checker.enter()
     return checker
 

@@ -1,5 +1,6 @@
 """The back ends a test can be run on, by name: each takes and gives CPU tensors, wherever its kernels run."""
 
+import os
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from functools import cache
@@ -24,7 +25,10 @@ def force(name: str) -> Iterator[str]:
     if name == "cuda_on_host":
         from cuda_on_host import backend
 
-        backend.machine()
+        # CUDA_ON_HOST=plain CUDA_ON_HOST_SEED=2 pytest -k cuda_on_host: another build, another schedule
+        machine = backend.machine(os.environ.get("CUDA_ON_HOST", "checker"))
+        machine.seed = int(os.environ.get("CUDA_ON_HOST_SEED", "1"))
+        machine.enter()
     if name in ("cuda", "triton"):
         name = _by_way_of_the_gpu(name) if GPU else _interpreted()
     with backends.use_backend(name):

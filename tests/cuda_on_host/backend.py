@@ -4,8 +4,6 @@ Every output lies between guard bytes, starts as NaN, and a report of the machin
 """
 
 import threading
-from collections.abc import Iterator
-from contextlib import contextmanager
 from ctypes import Structure, byref
 from functools import cache
 from pathlib import Path
@@ -98,21 +96,9 @@ class _Call:
 
 @cache
 def machine(variant: str = "plain") -> Machine:
-    """The back end, built and entered. Raises: RuntimeError when it does not build or load."""
+    """The back end, built and loaded; `enter()` makes it the one that runs. Raises: RuntimeError when it does not build."""
     made = Machine(variant)
     if why_not := made.load()[1]:
         raise RuntimeError(why_not)
     build.declare(made.load()[0])
-    made.enter()
     return made
-
-
-@contextmanager
-def schedule(seed: int, variant: str = "plain") -> Iterator[None]:
-    """Run launches inside under this schedule."""
-    found = machine(variant)
-    before, found.seed = found.seed, seed
-    try:
-        yield
-    finally:
-        found.seed = before
