@@ -9,6 +9,7 @@ import os
 import shutil
 import subprocess
 import tempfile
+import time
 from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
 from ctypes import CDLL, c_char_p, c_int32, c_uint32, c_uint64, c_void_p
@@ -127,13 +128,27 @@ def _digest(*parts: str | bytes) -> str:
     return digest.hexdigest()[:24]
 
 
-def _cached(name: str, suffix: str, command: list[str]) -> Path:
-    """The command's output file, made under another name and renamed: of two builders at a time, both are right."""
+@cache
+def _folder() -> Path:
+    """Of the cache. What nobody asked for in a week goes."""
     default = Path(tempfile.gettempdir()) / f"nf4lora-build-{os.getuid()}"
     folder = Path(os.environ.get("NF4LORA_BUILD_CACHE") or default)
     folder.mkdir(parents=True, exist_ok=True, mode=0o700)
+    for path in folder.iterdir():
+        try:
+            if path.stat().st_mtime < time.time() - 7 * 24 * 3600:
+                path.unlink()
+        except FileNotFoundError:  # another process was first
+            continue
+    return folder
+
+
+def _cached(name: str, suffix: str, command: list[str]) -> Path:
+    """The command's output file, made under another name and renamed: of two builders at a time, both are right."""
+    folder = _folder()
     path = folder / f"{name}{suffix}"
     if path.exists():
+        os.utime(path)
         return path
     handle, temporary = tempfile.mkstemp(suffix=suffix, prefix=name, dir=folder)
     os.close(handle)
