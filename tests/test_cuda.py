@@ -43,6 +43,19 @@ def test_bytes_of_model_shapes(gpu, blocksize, quant_type, dtype):
     assert equal([ops.dequantize(*args)], [reference.dequantize(*args)])
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_any_alignment(gpu, dtype):
+    """Elsewhere operands are sent to the GPU, where each then begins at an address of its own."""
+    memory = weight((20_005,), dtype)
+    for start in (1, 2, 3, 5):
+        a = memory[start:]
+        packed, absmax = ops.quantize(a, 64, "nf4")
+        assert equal((packed, absmax), reference.quantize(a, 64, "nf4"))
+        shifted = torch.zeros(len(packed) + start, dtype=torch.uint8, device="cuda")[start:].unsqueeze(1).copy_(packed)
+        args = absmax, None, None, list(a.shape), 64, "nf4", dtype
+        assert equal([ops.dequantize(shifted, *args)], [reference.dequantize(packed, *args)])
+
+
 def test_runs_on_the_current_stream(gpu):
     a = weight()
     wanted = round_trip(a)
@@ -133,5 +146,5 @@ def test_a_host_tensor_never_lies_on_the_gpu_whole(monkeypatch, gpu):
     before = torch.cuda.memory_allocated()
     packed, state = quantize_4bit(a, device="cuda")
     peak = torch.cuda.max_memory_allocated() - before
-    assert peak <= packed.numel() + 4 * state.absmax.numel() + (4 << 20)
+    assert peak <= packed.numel() + 4 * state.absmax.numel() + (8 << 20)  # of a tensor of 32 MiB; the allocator rounds up
     assert equal([packed, state.absmax], reference.quantize(a, 64, "nf4"))

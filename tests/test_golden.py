@@ -50,6 +50,14 @@ def test_a_record_replays_equal(recorded_here, on_host):
         assert json.loads(str(record["about"]))["made_by"] == "the host machine"
 
 
+def test_the_command_records_and_compares(monkeypatch, on_host, tmp_path, capsys):
+    """As bench.gpu_report runs it, `python -m cuda_on_host.golden FILE`, with the host machine in place of a card."""
+    monkeypatch.setattr(golden, "on_card", lambda: (on_host, "no card"))
+    assert golden.main(tmp_path / "card.npz") == 0 and "differs in 0 outputs" in capsys.readouterr().out
+    monkeypatch.setattr(golden, "on_card", lambda: (lambda *given: on_host(*given) ^ 1, "another card"))
+    assert golden.main(tmp_path / "card.npz") == 1 and "ldmatrix_x1/0: " in capsys.readouterr().out
+
+
 @pytest.mark.parametrize("name", ["ldmatrix_x4/1", "wgmma_n128_rs_fp16/0", "byte_perm/2"])
 def test_a_changed_byte_is_caught(recorded_here, on_host, tmp_path, name):
     with np.load(recorded_here) as record:

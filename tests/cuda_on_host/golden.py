@@ -345,16 +345,19 @@ def replay(path: Path, run: Run) -> tuple[int, list[str]]:
     return compared, different
 
 
-def main() -> None:
+def main(path: Path) -> int:
+    """Records a card, then says how the host machine differs; the exit code is 1 where it does."""
     run, name = on_card()
-    record(Path(sys.argv[1]), run, name)
-    compared, different = replay(Path(sys.argv[1]), on_host())
+    record(path, run, name)
+    print(f"{name}: recorded in {path}", flush=True)
+    compared, different = replay(path, on_host())
     print(
         f"{name}: {compared:,} bytes recorded; the host machine differs in {len(different)} outputs",
         *different,
         sep="\n",
     )
+    return 1 if different else 0
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main(Path(sys.argv[1])))
