@@ -34,13 +34,14 @@ class Library:
     prefix = "cpu"
     functions: dict[str, type[Structure]] = FUNCTIONS
     stream = False  # whether the functions take one
+    remedy = "reinstall nf4lora, or in a source tree start Python elsewhere"
 
     @cache
     def load(self) -> tuple[ctypes.CDLL | None, str | None]:
         """The loaded library and None, or None and the reason why not. Loaded by its path, nowhere else."""
         path = self.path()
         if not path.exists():
-            return None, f"{path.name} was not built into {path.parent}: reinstall nf4lora, or in a source tree start Python elsewhere"
+            return None, f"{path.name} was not built into {path.parent}: {self.remedy}"
         try:
             loaded = ctypes.CDLL(os.fspath(path))
         except OSError as error:

@@ -18,6 +18,7 @@ class CudaLibrary(Library):
     backend = prefix = "cuda"
     functions = CUDA_FUNCTIONS
     stream = True
+    remedy = "reinstall nf4lora where nvcc is on the PATH"
 
     def why_not(self, *args: Any) -> str | None:
         reason = super().why_not(*args)
