@@ -10,6 +10,7 @@
 #include <cstring>
 
 #include "../api.h"
+#include "../launch.h"
 #include "../nf4.h"
 #include "../ptx.cuh"
 
@@ -165,13 +166,6 @@ __global__ void __launch_bounds__(kThreads) decode_rest(
     }
 }
 
-bool aligned(const void *p, size_t bytes) { return reinterpret_cast<uintptr_t>(p) % bytes == 0; }
-
-// Thread blocks: no more than the caller wants, nor than there is work for.
-unsigned grid_of(int32_t wanted, int64_t work) {
-    return static_cast<unsigned>(wanted < 1 ? 1 : wanted < work ? wanted : work);
-}
-
 int log2_of(int64_t power) {
     int log = 0;
     while (int64_t{1} << log < power)
@@ -202,7 +196,7 @@ const char *dequantize(const DequantizeParams &p, void *stream) {
     if (error || first == numel)
         return error;
     const int64_t bytes = (numel - first + 1) / 2;
-    const unsigned grid = grid_of(p.workers, (bytes + kThreads - 1) / kThreads);
+    const unsigned grid = grid_of(p.workers, ceil_div(bytes, kThreads));
     return NF4LORA_LAUNCH(decode_rest, grid, kThreads, 0, stream, w, p.out, p.dtype, first, numel, shift, nested_shift);
 }
 

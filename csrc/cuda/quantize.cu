@@ -16,6 +16,7 @@
 #include <limits>
 
 #include "../api.h"
+#include "../launch.h"
 #include "../nf4.h"
 #include "../ptx.cuh"
 
@@ -359,15 +360,6 @@ __global__ void __launch_bounds__(kThreads) encode_absmax(QuantizeAbsmaxParams p
 }
 
 // ---- host
-
-bool aligned(const void *p, size_t bytes) { return reinterpret_cast<uintptr_t>(p) % bytes == 0; }
-
-int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
-
-// Thread blocks: no more than the caller wants, nor than there is work for.
-unsigned grid_of(int32_t wanted, int64_t work) {
-    return static_cast<unsigned>(wanted < 1 ? 1 : wanted < work ? wanted : work);
-}
 
 // Launches what the fast kernels cover; covered: how many blocks that is.
 template <class T, QuantType kType>

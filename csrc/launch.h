@@ -1,0 +1,17 @@
+// What the host side of every CUDA launch works out: whether a pointer suits wide accesses, and how many blocks there are.
+#pragma once
+#include <cstddef>
+#include <cstdint>
+
+namespace nf4lora {
+
+static inline bool aligned(const void *p, size_t bytes) { return reinterpret_cast<uintptr_t>(p) % bytes == 0; }
+
+static inline int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
+
+// Thread blocks: no more than the caller wants, nor than there is work for.
+static inline unsigned grid_of(int32_t wanted, int64_t work) {
+    return static_cast<unsigned>(wanted < 1 ? 1 : wanted < work ? wanted : work);
+}
+
+}  // namespace nf4lora
