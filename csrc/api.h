@@ -18,5 +18,12 @@ NF4LORA_API const char *nf4lora_cpu_isa();
 NF4LORA_API const char *nf4lora_cuda_quantize(const nf4lora::QuantizeParams *, void *stream);
 NF4LORA_API const char *nf4lora_cuda_quantize_absmax(const nf4lora::QuantizeAbsmaxParams *, void *stream);
 NF4LORA_API const char *nf4lora_cuda_dequantize(const nf4lora::DequantizeParams *, void *stream);
+NF4LORA_API const char *nf4lora_cuda_linear_fwd(const nf4lora::GroupFwdParams *, void *stream);
+NF4LORA_API const char *nf4lora_cuda_linear_bwd(const nf4lora::GroupBwdParams *, void *stream);
+NF4LORA_API const char *nf4lora_cuda_lora_bwd(const nf4lora::GroupLoraBwdParams *, void *stream);
+// Bytes of scratch memory that the launch wants in `workspace`.
+NF4LORA_API int64_t nf4lora_cuda_linear_fwd_workspace(const nf4lora::GroupFwdParams *);
+NF4LORA_API int64_t nf4lora_cuda_linear_bwd_workspace(const nf4lora::GroupBwdParams *);
+NF4LORA_API int64_t nf4lora_cuda_lora_bwd_workspace(const nf4lora::GroupLoraBwdParams *);
 // Why no kernel of the library can run on the current device: the driver is too old, or it has no code for the GPU. Null where they can.
 NF4LORA_API const char *nf4lora_cuda_why_not();

@@ -14,4 +14,13 @@ static inline unsigned grid_of(int32_t wanted, int64_t work) {
     return static_cast<unsigned>(wanted < 1 ? 1 : wanted < work ? wanted : work);
 }
 
+static inline bool power_of_two(int64_t v) { return v > 0 && (v & (v - 1)) == 0; }
+
+static inline int log2_of(int64_t power) {
+    int log = 0;
+    while (int64_t{1} << log < power)
+        ++log;
+    return log;
+}
+
 }  // namespace nf4lora

@@ -120,4 +120,96 @@ struct LoraBwdParams {
     LinearConfig config;
 };
 
+// ---- CUDA: one launch computes a group of linears that read the same x, each with its own weight and adapter, and
+// whose outputs stand side by side. A single linear is a group of one.
+
+constexpr int kMaxGroup = 3;
+
+// SMALL streams the codes once for up to 64 tokens a tile, MMA and WGMMA are tiled products with decoded fragments,
+// DENSE decodes the whole weight into memory of the caller, who multiplies.
+enum CudaPath : int32_t { kSmall = 0, kMma = 1, kWgmma = 2, kDense = 3 };
+
+// How a product is cut into tiles, chosen by nf4lora/heuristics.py.
+struct CudaConfig {
+    int32_t path;    // CudaPath
+    int32_t tokens;  // of M a tile covers; a multiple of 8
+    int32_t rows;    // of the weight (forward), or columns (backward), a tile covers
+    int32_t split;   // parts the reduction is cut into, summed in order
+};
+
+struct Member {
+    Weight w;            // [N_i, K]
+    const void *bias;    // bias_dtype [N_i], null for all or for none
+    const void *lora_A;  // A_dtype [r_i, K], null for all or for none (then r_i = 0)
+    const void *lora_B;  // B_dtype [N_i, r_i], likewise
+    void *dA;            // A_dtype [r_i, K], out of lora_bwd, null for all or for none
+    void *dB;            // B_dtype [N_i, r_i], likewise
+    int64_t r;
+    float scaling;
+};
+
+// Columns of y (N_0 of the first member, then N_1 of the second, …) and of xa (r_0, r_1, …) stand side by side.
+// xa = dropout(x) A^T rounded to x's dtype, y_i = x W_i^T + bias_i + scaling_i * xa_i B_i^T
+struct GroupFwdParams {
+    Member member[kMaxGroup];
+    const void *x;    // x_dtype [M, K]
+    void *y;          // x_dtype [M, N], out; DENSE leaves it alone
+    void *xa;         // x_dtype [M, r], out
+    void *x_ext;      // DENSE, may be null: x_dtype [M, ld], out: columns x | xa | zeros
+    void *decoded;    // DENSE: x_dtype [N, ld], out: columns W | scaling_i * B_i in member i's columns of xa, else zeros
+    void *workspace;  // nf4lora_cuda_linear_fwd_workspace(p) bytes, 256-byte aligned, of any content; null for 0
+    int64_t count;    // members, 1 to kMaxGroup
+    int64_t M;
+    int64_t N;        // sum of the members' rows
+    int64_t K;
+    int64_t r;        // sum of the members' r
+    int64_t ld;       // DENSE: K, or where x_ext is given K + r rounded up to a multiple of 8
+    int32_t x_dtype;
+    int32_t bias_dtype;
+    int32_t A_dtype;
+    int32_t B_dtype;
+    Dropout dropout;
+    CudaConfig config;
+};
+
+// dx = sum over members of dy_i W_i + dropout_mask * (dyb_i A_i); dyb already carries scaling
+struct GroupBwdParams {
+    Member member[kMaxGroup];
+    const void *dy;   // dy_dtype [M, N]
+    const void *dyb;  // dy_dtype [M, r], may be null (then r = 0)
+    void *dx;         // dy_dtype [M, K], out; DENSE: dropout_mask * (dyb A) where there is dropout, else left alone
+    void *decoded;    // DENSE: dy_dtype [N, K], out; with `extend` [N + r, K], A's rows below
+    void *workspace;  // nf4lora_cuda_linear_bwd_workspace(p) bytes, 256-byte aligned, of any content; null for 0
+    int64_t count;
+    int64_t M;
+    int64_t N;
+    int64_t K;
+    int64_t r;
+    int32_t dy_dtype;
+    int32_t A_dtype;
+    int32_t extend;
+    Dropout dropout;
+    CudaConfig config;
+};
+
+// dyb_i = scaling_i * dy_i B_i (rounded to dy's dtype);  dB_i = scaling_i * dy_i^T xa_i;  dA_i = dyb_i^T dropout(x)
+struct GroupLoraBwdParams {
+    Member member[kMaxGroup];
+    const void *dy;   // dtype [M, N]
+    const void *x;    // dtype [M, K], null where dA is
+    const void *xa;   // dtype [M, r], null where dB is
+    void *dyb;        // dtype [M, r], out
+    void *workspace;  // nf4lora_cuda_lora_bwd_workspace(p) bytes, 256-byte aligned, of any content; null for 0
+    int64_t count;
+    int64_t M;
+    int64_t N;
+    int64_t K;
+    int64_t r;
+    int32_t dtype;
+    int32_t A_dtype;
+    int32_t B_dtype;
+    int32_t split;    // parts the reductions over M are cut into, summed in order
+    Dropout dropout;
+};
+
 }  // namespace nf4lora

@@ -59,6 +59,12 @@ const char *launch_kernel(void (*kernel)(Params...), dim3 grid, dim3 block, size
     return error == cudaSuccess ? nullptr : cudaGetErrorString(error);
 }
 
+// Zeroes device memory in the order of the stream: counters before the launch that counts in them.
+inline const char *zero_async(void *p, size_t bytes, void *stream) {
+    const cudaError_t error = cudaMemsetAsync(p, 0, bytes, static_cast<cudaStream_t>(stream));
+    return error == cudaSuccess ? nullptr : cudaGetErrorString(error);
+}
+
 // The 32-bit address that shared-memory instructions take.
 NF4LORA_DEVICE uint32_t shared_address(const void *p) { return static_cast<uint32_t>(__cvta_generic_to_shared(p)); }
 

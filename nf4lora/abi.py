@@ -49,6 +49,37 @@ class LoraBwdParams(Structure):
                 ("dropout", Dropout), ("config", LinearConfig)]  # fmt: skip
 
 
+class CudaConfig(Structure):
+    _fields_ = [("path", _I), ("tokens", _I), ("rows", _I), ("split", _I)]
+
+
+class Member(Structure):
+    _fields_ = [("w", Weight), ("bias", _P), ("lora_A", _P), ("lora_B", _P), ("dA", _P), ("dB", _P), ("r", _L),
+                ("scaling", c_float)]  # fmt: skip
+
+
+MAX_GROUP = 3
+
+
+class GroupFwdParams(Structure):
+    _fields_ = [("member", Member * MAX_GROUP), ("x", _P), ("y", _P), ("xa", _P), ("x_ext", _P), ("decoded", _P),
+                ("workspace", _P), ("count", _L), ("M", _L), ("N", _L), ("K", _L), ("r", _L), ("ld", _L),
+                ("x_dtype", _I), ("bias_dtype", _I), ("A_dtype", _I), ("B_dtype", _I), ("dropout", Dropout),
+                ("config", CudaConfig)]  # fmt: skip
+
+
+class GroupBwdParams(Structure):
+    _fields_ = [("member", Member * MAX_GROUP), ("dy", _P), ("dyb", _P), ("dx", _P), ("decoded", _P), ("workspace", _P),
+                ("count", _L), ("M", _L), ("N", _L), ("K", _L), ("r", _L), ("dy_dtype", _I), ("A_dtype", _I),
+                ("extend", _I), ("dropout", Dropout), ("config", CudaConfig)]  # fmt: skip
+
+
+class GroupLoraBwdParams(Structure):
+    _fields_ = [("member", Member * MAX_GROUP), ("dy", _P), ("x", _P), ("xa", _P), ("dyb", _P), ("workspace", _P),
+                ("count", _L), ("M", _L), ("N", _L), ("K", _L), ("r", _L), ("dtype", _I), ("A_dtype", _I),
+                ("B_dtype", _I), ("split", _I), ("dropout", Dropout)]  # fmt: skip
+
+
 # nf4lora_cpu_<name> -> its argument
 FUNCTIONS = {
     "quantize": QuantizeParams,
@@ -60,4 +91,8 @@ FUNCTIONS = {
 }
 
 # nf4lora_cuda_<name>, which take a stream beside it
-CUDA_FUNCTIONS = {name: FUNCTIONS[name] for name in ("quantize", "quantize_absmax", "dequantize")}
+CUDA_FUNCTIONS = {name: FUNCTIONS[name] for name in ("quantize", "quantize_absmax", "dequantize")} | {
+    "linear_fwd": GroupFwdParams,
+    "linear_bwd": GroupBwdParams,
+    "lora_bwd": GroupLoraBwdParams,
+}

@@ -31,7 +31,7 @@ class NF4LoRAFunction(torch.autograd.Function):
             x if need_A else None, xa if need_B else None, packed, absmax, nested_absmax, offset, lora_A, lora_B, seed
         )
         ctx.meta = x.shape, blocksize, quant_type, scaling, dropout_p, None if bias is None else bias.dtype
-        ctx.backend = backends.forced()
+        ctx.forced = backends.forced(), backends.forced_path()
         return y
 
     @staticmethod
@@ -49,7 +49,7 @@ class NF4LoRAFunction(torch.autograd.Function):
         need_x, need_bias, need_A, need_B = (ctx.needs_input_grad[i] for i in (0, 5, 6, 7))
         dx = dbias = dA = dB = dyb = None
         # Gradients of other devices are computed on other threads, which a forced back end must follow.
-        with backends.use_backend(ctx.backend) if ctx.backend else nullcontext():
+        with backends.use_backend(*ctx.forced) if any(ctx.forced) else nullcontext():
             if lora_A is not None and (need_x or need_A or need_B):
                 unused = dy.new_empty(0, 0)
                 dyb, dA, dB = ops.lora_bwd(

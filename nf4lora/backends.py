@@ -8,6 +8,8 @@ from typing import Any, NamedTuple
 
 import torch
 
+from .heuristics import PATHS
+
 PRIORITY = {"cuda": ("cuda", "triton", "reference"), "cpu": ("cpu", "reference")}
 
 
@@ -27,6 +29,7 @@ class Row:
 
 _ROWS: dict[tuple[str, str], Row] = {}
 _forced: ContextVar[str | None] = ContextVar("nf4lora_forced_backend", default=None)
+_forced_path: ContextVar[str | None] = ContextVar("nf4lora_forced_path", default=None)
 
 
 def implements(
@@ -59,19 +62,29 @@ def forced() -> str | None:
     return None if torch.compiler.is_compiling() else _forced.get()
 
 
+def forced_path() -> str | None:
+    """The path named by the `use_backend` around this call, if any."""
+    return None if torch.compiler.is_compiling() else _forced_path.get()
+
+
 @contextmanager
-def use_backend(name: str) -> Iterator[None]:
+def use_backend(name: str | None, path: str | None = None) -> Iterator[None]:
     """Force one back end for every op inside, in this thread and in the backward of what ran inside. Never falls back.
 
-    Raises: ValueError for an unknown name; the ops raise NotImplementedError where the back end refuses.
+    path: the kernels of the linear to force with it, as `nf4lora.heuristics.PATHS` has them for the back end; what the
+        back end computes without a choice of paths ignores it.
+    Raises: ValueError for an unknown name; the ops raise NotImplementedError where the back end or its path refuses.
     """
-    if name not in names():
+    if name is not None and name not in names():
         raise ValueError(f"back end: found {name!r}, wanted one of {names()}")
-    token = _forced.set(name)
+    if path is not None and path not in PATHS:
+        raise ValueError(f"path: found {path!r}, wanted one of {PATHS}")
+    tokens = _forced.set(name), _forced_path.set(path)
     try:
         yield
     finally:
-        _forced.reset(token)
+        _forced.reset(tokens[0])
+        _forced_path.reset(tokens[1])
 
 
 def run(op: str, *args: Any) -> Any:

@@ -7,7 +7,7 @@ SCRATCH_BYTES = 8 << 20
 
 
 class LinearPath(IntEnum):
-    """As in csrc/params.h. ROWS decodes one output row at a time (few tokens), PANELS a tile for a block of tokens."""
+    """Of the host, as in csrc/params.h. ROWS decodes one output row at a time (few tokens), PANELS a tile for a block of tokens."""
 
     ROWS = 0
     PANELS = 1
@@ -36,6 +36,29 @@ class LinearConfig:
         else:
             floats = m * n + (m + 16) * (k + 16) + n * k + max(32 * k, n)
         return 4 * floats * self.threads
+
+
+class CudaPath(IntEnum):
+    """As in csrc/params.h: SMALL streams the codes once, MMA and WGMMA are tiled products, DENSE decodes to memory first."""
+
+    SMALL = 0
+    MMA = 1
+    WGMMA = 2
+    DENSE = 3
+
+
+# What `backends.use_backend(name, path)` takes: those of the host, those of CUDA (Triton has TILED and DENSE).
+PATHS = (*(p.name.lower() for p in LinearPath), *(p.name.lower() for p in CudaPath), "tiled")
+
+
+@dataclass(frozen=True)
+class CudaLinearConfig:
+    """How a CUDA product is cut: tokens of M and rows of W (backward: its columns) a tile covers, parts of the reduction."""
+
+    path: CudaPath
+    tokens: int = 0
+    rows: int = 0
+    split: int = 1
 
 
 ROWS, PANELS = LinearPath.ROWS, LinearPath.PANELS
@@ -69,6 +92,58 @@ def cuda_quantize(numel: int, multiprocessors: int) -> int:
 def cuda_dequantize(numel: int, multiprocessors: int) -> int:
     """Thread blocks to dequantize numel weights: those that fit the device at once, but none without work."""
     return max(1, min(-(-numel // CUDA_DEQUANTIZE_TILE), CUDA_BLOCKS_PER_SM * multiprocessors))
+
+
+# From so many tokens on, decoding the weight to memory and the library's product are faster; source: calculated.
+CUDA_DENSE_TOKENS = 1024
+CUDA_SMALL_TOKENS = 64
+
+
+def cuda_paths(M: int, hopper: bool) -> tuple[CudaPath, ...]:
+    """The paths for M tokens, best first; DENSE, the last, takes every operand."""
+    if M <= CUDA_SMALL_TOKENS:
+        return CudaPath.SMALL, CudaPath.DENSE
+    tiled = CudaPath.WGMMA if hopper else CudaPath.MMA
+    return (tiled, CudaPath.DENSE) if M < CUDA_DENSE_TOKENS else (CudaPath.DENSE,)
+
+
+def cuda_linear_fwd(path: CudaPath, M: int, N: int, K: int, multiprocessors: int) -> CudaLinearConfig:
+    """Tiles of the forward on a path. Source: calculated."""
+    if path == CudaPath.DENSE:
+        return CudaLinearConfig(path)
+    if path == CudaPath.SMALL:
+        tokens, rows = next(t for t in (8, 16, 32, 64) if M <= t or t == 64), 16
+    else:
+        tokens, rows = (64 if M <= 64 else 128), 128
+    return CudaLinearConfig(path, tokens, rows, _split(-(-M // tokens) * -(-N // rows), K // 64, multiprocessors))
+
+
+def cuda_linear_bwd(path: CudaPath, M: int, N: int, K: int, multiprocessors: int) -> CudaLinearConfig:
+    """Tiles of dx on a path. Source: calculated."""
+    if path == CudaPath.DENSE:
+        return CudaLinearConfig(path)
+    tokens = next((t for t in (16, 32, 64) if M <= t), 64)
+    return CudaLinearConfig(path, tokens, 256, _split(-(-M // tokens) * -(-K // 256), N // 64, multiprocessors))
+
+
+def cuda_extend_fwd(N: int, K: int) -> bool:
+    """Whether DENSE extends x by xa and W by B: one more write of x costs less than reading and writing y again."""
+    return K < 2 * N
+
+
+def cuda_extend_bwd(N: int, K: int) -> bool:
+    """The same for dx: copying dy against reading dx in the product's epilogue."""
+    return N <= K
+
+
+def cuda_lora_bwd(M: int, N: int, multiprocessors: int) -> int:
+    """Parts of the sums over M tokens of the two LoRA gradients. Source: calculated."""
+    return max(1, min(-(-M // 256), -(-2 * multiprocessors * 128 // max(N, 1))))
+
+
+def _split(tiles: int, steps: int, multiprocessors: int) -> int:
+    """Parts of a reduction of `steps` so that `tiles` tiles of the output keep the multiprocessors busy; at most 8."""
+    return max(1, min(multiprocessors // max(tiles, 1), steps // 4, 8))
 
 
 def cpu_linear_fwd(M: int, threads: int) -> LinearConfig:

@@ -5,6 +5,7 @@ import os
 import warnings
 from collections.abc import Sequence
 from ctypes import POINTER, Structure, byref, c_char_p, c_void_p
+from dataclasses import replace
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -33,6 +34,7 @@ class Library:
     backend = "cpu"
     prefix = "cpu"
     functions: dict[str, type[Structure]] = FUNCTIONS
+    ops: tuple[str, ...] = tuple(FUNCTIONS)
     stream = False  # whether the functions take one
     remedy = "reinstall nf4lora, or in a source tree start Python elsewhere"
 
@@ -56,8 +58,9 @@ class Library:
 
     def enter(self) -> None:
         """Enter the rows of this library's ops."""
-        for op in self.functions:
-            backends.implements(op, self.backend, self.why_not, getattr(self, f"_{op}_config", None))(getattr(self, op))
+        for op in self.ops:
+            why_not = getattr(self, f"_{op}_why_not", self.why_not)
+            backends.implements(op, self.backend, why_not, getattr(self, f"_{op}_config", None))(getattr(self, op))
 
     def why_not(self, *args: Any) -> str | None:
         if any(isinstance(a, Tensor) and a.dtype == torch.float64 for a in args) or torch.float64 in args[-1:]:
@@ -172,10 +175,10 @@ class HostLibrary(Library):
     _dequantize_config = _quantize_config
 
     def _linear_fwd_config(self, first: Tensor, *args: Any) -> heuristics.LinearConfig:
-        return heuristics.cpu_linear_fwd(first.shape[0], torch.get_num_threads())
+        return _on_forced_path(heuristics.cpu_linear_fwd(first.shape[0], torch.get_num_threads()))
 
     def _linear_bwd_config(self, first: Tensor, *args: Any) -> heuristics.LinearConfig:
-        return heuristics.cpu_linear_bwd(first.shape[0], torch.get_num_threads())
+        return _on_forced_path(heuristics.cpu_linear_bwd(first.shape[0], torch.get_num_threads()))
 
     _lora_bwd_config = _linear_fwd_config
 
@@ -186,6 +189,11 @@ def _code(t: Tensor | None) -> int:
 
 def _config(config: heuristics.LinearConfig) -> LinearConfig:
     return LinearConfig(config.path, config.block_m, config.block_n, config.block_k, config.threads)
+
+
+def _on_forced_path(config: heuristics.LinearConfig) -> heuristics.LinearConfig:
+    named = {p.name.lower(): p for p in heuristics.LinearPath}.get(backends.forced_path() or "")
+    return config if named is None else replace(config, path=named)
 
 
 def _contiguous(t: Tensor | None) -> Tensor | None:

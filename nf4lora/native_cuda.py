@@ -1,6 +1,6 @@
 """libnf4lora_cuda.so: the "cuda" rows of the back-end table. Every launch is on torch's current stream; nothing synchronizes."""
 
-from ctypes import Structure, byref, c_char_p
+from ctypes import Structure, byref, c_char_p, c_int64, c_void_p
 from functools import cache
 from typing import Any
 
@@ -9,14 +9,15 @@ from torch import Tensor
 
 from . import heuristics
 from .abi import CUDA_FUNCTIONS
-from .native import Library
+from .cuda_linear import CudaLinear
 
 
-class CudaLibrary(Library):
+class CudaLibrary(CudaLinear):
     """The CUDA kernels. `why_not` tells a driver that is too old and a GPU the library has no code for."""
 
     backend = prefix = "cuda"
     functions = CUDA_FUNCTIONS
+    ops = (*CUDA_FUNCTIONS, "group_fwd", "group_bwd", "group_lora_bwd")
     stream = True
     remedy = "reinstall nf4lora where nvcc is on the PATH"
 
@@ -50,8 +51,10 @@ class CudaLibrary(Library):
     def _dequantize_config(self, packed: Tensor, *args: Any) -> int:
         return heuristics.cuda_dequantize(2 * packed.numel(), self.multiprocessors(packed.device))
 
-    def multiprocessors(self, device: torch.device) -> int:
-        return torch.cuda.get_device_properties(device).multi_processor_count
+    def workspace_bytes(self, name: str, params: Structure) -> int:
+        function = getattr(self.load()[0], f"nf4lora_cuda_{name}_workspace")
+        function.argtypes, function.restype = [c_void_p], c_int64
+        return function(byref(params))
 
 
 cuda = CudaLibrary()

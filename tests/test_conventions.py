@@ -20,6 +20,7 @@ FLOORS = (
     {"codebook", "heuristics", "quant_keys", "abi"},
     {"quant_state", "reference", "backends"},
     {"native", "checks", "triton_kernels"},
+    {"cuda_linear"},
     {"native_cuda", "triton_rows"},
     {"ops"},
     {"autograd", "staging"},

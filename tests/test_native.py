@@ -17,7 +17,8 @@ from nf4lora import abi, heuristics, native, native_cuda, ops
 CSRC = Path(__file__).parents[1] / "csrc"
 KINDS = {
     "int64_t": ctypes.c_int64, "int32_t": ctypes.c_int32, "float": ctypes.c_float, "Weight": abi.Weight,
-    "Dropout": abi.Dropout, "LinearConfig": abi.LinearConfig,
+    "Dropout": abi.Dropout, "LinearConfig": abi.LinearConfig, "CudaConfig": abi.CudaConfig,
+    "Member[kMaxGroup]": abi.Member * abi.MAX_GROUP,
 }  # fmt: skip
 
 
@@ -31,8 +32,8 @@ def header_structs():
     for name, body in re.findall(r"struct (\w+) \{(.*?)\};", source("params.h"), re.S):
         fields = []
         for declaration in filter(None, map(str.strip, body.split(";"))):
-            kind, field = re.fullmatch(r"(?:const )?(\w+ ?\*?)\s*(\w+)", declaration).groups()
-            fields.append(("*" if "*" in kind else kind.strip(), field))
+            kind, field, many = re.fullmatch(r"(?:const )?(\w+ ?\*?)\s*(\w+)(\[kMaxGroup\])?", declaration).groups()
+            fields.append(("*" if "*" in kind else kind.strip() + (many or ""), field))
         structs[name] = fields
     return structs
 
@@ -44,7 +45,8 @@ def ctypes_structs():
 def test_the_header_was_parsed():
     structs = header_structs()
     assert structs["DequantizeParams"] == [("Weight", "w"), ("*", "out"), ("int32_t", "dtype"), ("int32_t", "workers")]
-    assert sum(len(fields) for fields in structs.values()) == source("params.h").count(";") - source("params.h").count("};")
+    assert sum(len(fields) for fields in structs.values()) == source("params.h").count(";") - source("params.h").count("};") - 1
+    assert f"constexpr int kMaxGroup = {abi.MAX_GROUP};" in source("params.h")  # the one that is no field
 
 
 @pytest.mark.parametrize("name", ctypes_structs())
@@ -74,6 +76,7 @@ def test_enums_equal_the_tables():
     codes["kBFloat16"] = codes.pop("kBFloat16", codes.pop("kBfloat16", None))
     assert {k.lower(): v for k, v in enums["Dtype"].items()} == {k.lower(): v for k, v in codes.items()}
     assert enums["QuantType"] == {f"k{q.upper()}": str(i) for i, q in enumerate(native.QUANT_TYPES)}
+    assert enums["CudaPath"] == {f"k{p.name.capitalize()}": str(p.value) for p in heuristics.CudaPath}
     assert enums["LinearPath"] == {f"k{p.name.capitalize()}": str(p.value) for p in heuristics.LinearPath}
 
 
@@ -86,7 +89,7 @@ def libraries():
 def test_the_functions_of_the_api_are_exported_and_nothing_else(library):
     loaded, why_not = library.load()
     assert why_not is None, why_not
-    declared = re.findall(r"NF4LORA_API const char \*(\w+)\((?:const nf4lora::(\w+) \*)?(, void \*stream)?\)", source("api.h"))
+    declared = re.findall(r"NF4LORA_API (?:const char \*|int64_t )(\w+)\((?:const nf4lora::(\w+) \*)?(, void \*stream)?\)", source("api.h"))
     assert len(declared) == source("api.h").count("NF4LORA_API ") - 1  # one is the macro's own definition
     mine = {name: (params, bool(stream)) for name, params, stream in declared if name.startswith(f"nf4lora_{library.prefix}_")}
     for name, params in library.functions.items():

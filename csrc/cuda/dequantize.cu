@@ -7,33 +7,16 @@
 //
 // A step: each lane loads the codes of one 16-byte store, so that loads and stores of a warp are both contiguous. Whole
 // tiles of a tensor whose pointers are aligned take decode_tiles; what is left, or all of it, decode_rest, byte by byte.
-#include <cstring>
-
 #include "../api.h"
-#include "../launch.h"
-#include "../nf4.h"
-#include "../ptx.cuh"
+#include "../tile.cuh"
 
 namespace nf4lora {
 namespace {
 
 constexpr int kThreads = 256;
-constexpr int kLanes = 32;
 constexpr int kWarpTile = 1024;  // elements a warp decodes at a time: at most one block a lane
 constexpr int kTile = kWarpTile * (kThreads / kLanes);
 constexpr int kMapCopies = 8;  // of the dynamic map, so that few of a warp's lanes meet in a bank
-
-static __constant__ Codebook kBooks[] = {kNF4Book, kFP4Book};
-struct DynamicMap {
-    float value[kDynamicCodes];
-};
-static constexpr DynamicMap copy_dynamic_map() {
-    DynamicMap map{};
-    for (int i = 0; i < kDynamicCodes; ++i)
-        map.value[i] = kDynamicCodebook[i];
-    return map;
-}
-static __constant__ DynamicMap kDynamicMap = copy_dynamic_map();
 
 // The codes of one 16-byte store of T, and how the store is made of their values.
 template <class T>
@@ -48,21 +31,13 @@ struct Step<float> {
     }
 };
 
-template <class Pair>
-NF4LORA_DEVICE uint32_t bits_of(Pair pair) {
-    static_assert(sizeof(Pair) == sizeof(uint32_t), "two 16-bit values");
-    uint32_t bits;
-    memcpy(&bits, &pair, sizeof bits);
-    return bits;
-}
-
 template <>
 struct Step<__nv_bfloat16> {
     typedef uint32_t Codes;
     static NF4LORA_DEVICE Codes load(const Codes *p) { return load_stream(p); }
     static NF4LORA_DEVICE uint4 pack(const float (&v)[8]) {
-        return make_uint4(bits_of(__floats2bfloat162_rn(v[0], v[1])), bits_of(__floats2bfloat162_rn(v[2], v[3])),
-                          bits_of(__floats2bfloat162_rn(v[4], v[5])), bits_of(__floats2bfloat162_rn(v[6], v[7])));
+        return make_uint4(round_pair<__nv_bfloat16>(v[0], v[1]), round_pair<__nv_bfloat16>(v[2], v[3]),
+                          round_pair<__nv_bfloat16>(v[4], v[5]), round_pair<__nv_bfloat16>(v[6], v[7]));
     }
 };
 
@@ -71,8 +46,8 @@ struct Step<__half> {
     typedef uint32_t Codes;
     static NF4LORA_DEVICE Codes load(const Codes *p) { return load_stream(p); }
     static NF4LORA_DEVICE uint4 pack(const float (&v)[8]) {
-        return make_uint4(bits_of(__floats2half2_rn(v[0], v[1])), bits_of(__floats2half2_rn(v[2], v[3])),
-                          bits_of(__floats2half2_rn(v[4], v[5])), bits_of(__floats2half2_rn(v[6], v[7])));
+        return make_uint4(round_pair<__half>(v[0], v[1]), round_pair<__half>(v[2], v[3]),
+                          round_pair<__half>(v[4], v[5]), round_pair<__half>(v[6], v[7]));
     }
 };
 
@@ -137,15 +112,6 @@ __global__ void __launch_bounds__(kThreads) decode_tiles(
     }
 }
 
-NF4LORA_DEVICE void store_element(void *out, int dtype, int64_t i, float v) {
-    if (dtype == kFloat32)
-        static_cast<float *>(out)[i] = v;
-    else if (dtype == kBFloat16)
-        static_cast<__nv_bfloat16 *>(out)[i] = __float2bfloat16_rn(v);
-    else
-        static_cast<__half *>(out)[i] = __float2half_rn(v);
-}
-
 // Elements from `first`, even, to numel; a thread a byte. Any alignment.
 __global__ void __launch_bounds__(kThreads) decode_rest(
     Weight w, void *__restrict__ out, int dtype, int64_t first, int64_t numel, int shift, int nested_shift) {
@@ -164,13 +130,6 @@ __global__ void __launch_bounds__(kThreads) decode_rest(
         if (i + 1 < numel)
             store_element(out, dtype, i + 1, __fmul_rn(book.value[codes & 15], scale));
     }
-}
-
-int log2_of(int64_t power) {
-    int log = 0;
-    while (int64_t{1} << log < power)
-        ++log;
-    return log;
 }
 
 template <class T>
@@ -199,8 +158,6 @@ const char *dequantize(const DequantizeParams &p, void *stream) {
     const unsigned grid = grid_of(p.workers, ceil_div(bytes, kThreads));
     return NF4LORA_LAUNCH(decode_rest, grid, kThreads, 0, stream, w, p.out, p.dtype, first, numel, shift, nested_shift);
 }
-
-bool power_of_two(int64_t v) { return v > 0 && (v & (v - 1)) == 0; }
 
 }  // namespace
 }  // namespace nf4lora

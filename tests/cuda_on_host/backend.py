@@ -45,6 +45,9 @@ class Machine(CudaLibrary):
     def multiprocessors(self, device: torch.device) -> int:
         return 1  # few blocks, so that each goes round its loop
 
+    def capability(self, device: torch.device) -> tuple[int, int]:
+        return (9, 0)
+
     def empty(self, like: Tensor, shape: Any, dtype: torch.dtype) -> Tensor:
         out = torch.empty(shape, dtype=dtype)
         if not out.numel():

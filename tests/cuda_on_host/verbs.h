@@ -557,6 +557,15 @@ CUDA_ON_HOST_UNSEEN void wgmma_m64n128k16(float (&d)[64], const uint32_t (&a)[4]
 
 namespace nf4lora {
 
+inline void zero_bytes(uint8_t *p, size_t bytes) {
+    for (size_t i = 0; i < bytes; ++i)
+        p[i] = 0;
+}
+
+inline const char *zero_async(void *p, size_t bytes, void *stream) {
+    return NF4LORA_LAUNCH(zero_bytes, 1, 1, 0, stream, static_cast<uint8_t *>(p), bytes);
+}
+
 using cuda_on_host::verbs::load_stream;
 using cuda_on_host::verbs::store_stream;
 using cuda_on_host::verbs::load_acquire;

@@ -1,0 +1,185 @@
+// What the kernels of the linear share: tables of decoded bytes in shared memory, a member's scales, conversions, and the
+// ordered sum of a reduction that several blocks split.
+#pragma once
+#include <cstring>
+
+#include "launch.h"
+#include "nf4.h"
+#include "ptx.cuh"
+
+namespace nf4lora {
+
+constexpr int kLanes = 32;
+
+static __constant__ Codebook kBooks[] = {kNF4Book, kFP4Book};
+struct DynamicMap {
+    float value[kDynamicCodes];
+};
+static constexpr DynamicMap copy_dynamic_map() {
+    DynamicMap map{};
+    for (int i = 0; i < kDynamicCodes; ++i)
+        map.value[i] = kDynamicCodebook[i];
+    return map;
+}
+static __constant__ DynamicMap kDynamicMap = copy_dynamic_map();
+
+// ---- dtypes
+
+template <class Pair>
+NF4LORA_DEVICE uint32_t bits_of(Pair pair) {
+    static_assert(sizeof(Pair) == sizeof(uint32_t), "two 16-bit values");
+    uint32_t bits;
+    memcpy(&bits, &pair, sizeof bits);
+    return bits;
+}
+
+template <class T>
+NF4LORA_DEVICE uint32_t round_pair(float low, float high);  // each rounded to T, low in the lower half
+template <>
+NF4LORA_DEVICE uint32_t round_pair<__nv_bfloat16>(float low, float high) {
+    return bits_of(__floats2bfloat162_rn(low, high));
+}
+template <>
+NF4LORA_DEVICE uint32_t round_pair<__half>(float low, float high) {
+    return bits_of(__floats2half2_rn(low, high));
+}
+
+NF4LORA_DEVICE float to_float(float v) { return v; }
+NF4LORA_DEVICE float to_float(__nv_bfloat16 v) { return __bfloat162float(v); }
+NF4LORA_DEVICE float to_float(__half v) { return __half2float(v); }
+
+template <class T>
+NF4LORA_DEVICE T from_float(float v);
+template <>
+NF4LORA_DEVICE float from_float<float>(float v) {
+    return v;
+}
+template <>
+NF4LORA_DEVICE __nv_bfloat16 from_float<__nv_bfloat16>(float v) {
+    return __float2bfloat16_rn(v);
+}
+template <>
+NF4LORA_DEVICE __half from_float<__half>(float v) {
+    return __float2half_rn(v);
+}
+
+// Element i of an operand that is read rarely enough to look at its Dtype each time: bias, lora_A, lora_B.
+NF4LORA_DEVICE float load_element(const void *p, int32_t dtype, int64_t i) {
+    if (dtype == kFloat32)
+        return static_cast<const float *>(p)[i];
+    return dtype == kBFloat16 ? to_float(static_cast<const __nv_bfloat16 *>(p)[i])
+                              : to_float(static_cast<const __half *>(p)[i]);
+}
+
+NF4LORA_DEVICE void store_element(void *p, int32_t dtype, int64_t i, float v) {
+    if (dtype == kFloat32)
+        static_cast<float *>(p)[i] = v;
+    else if (dtype == kBFloat16)
+        static_cast<__nv_bfloat16 *>(p)[i] = __float2bfloat16_rn(v);
+    else
+        static_cast<__half *>(p)[i] = __float2half_rn(v);
+}
+
+// ---- what a packed byte decodes to: row b of a table, one copy a lane, so that no two lanes meet in a bank. With rows
+// of 256 bytes one byte_perm makes the whole offset: the byte above, the lane's column below.
+
+constexpr uint32_t kTableRow = 256;
+constexpr size_t kTableBytes = 256 * kTableRow;
+
+// Rows hold 32 pairs of T(code), 4 bytes a lane; their upper halves are never touched.
+template <class T>
+NF4LORA_DEVICE void fill_pairs(char *table, int32_t quant_type) {
+    const Codebook &book = kBooks[quant_type];
+    for (unsigned i = threadIdx.x; i < 256 * (kLanes / 4); i += blockDim.x) {
+        const unsigned byte = i / (kLanes / 4), quarter = i % (kLanes / 4);
+        const uint32_t pair = round_pair<T>(book.value[byte >> 4], book.value[byte & 15]);
+        *reinterpret_cast<uint4 *>(table + byte * kTableRow + quarter * sizeof(uint4)) = make_uint4(pair, pair, pair, pair);
+    }
+}
+
+// Rows hold 32 pairs of fp32 values of the code, 8 bytes a lane.
+NF4LORA_DEVICE void fill_values(char *table, int32_t quant_type) {
+    const Codebook &book = kBooks[quant_type];
+    for (unsigned i = threadIdx.x; i < 256 * (kLanes / 2); i += blockDim.x) {
+        const unsigned byte = i / (kLanes / 2), part = i % (kLanes / 2);
+        const uint32_t even = __float_as_uint(book.value[byte >> 4]), odd = __float_as_uint(book.value[byte & 15]);
+        *reinterpret_cast<uint4 *>(table + byte * kTableRow + part * sizeof(uint4)) = make_uint4(even, odd, even, odd);
+    }
+}
+
+// The selector with which table_offset takes byte j of a word.
+NF4LORA_DEVICE constexpr uint32_t byte_selector(uint32_t j) { return 0x5504u | j << 4; }
+
+// Offset of this lane's copy of the row of a byte of `word`. column: 4 * lane (pairs) or 8 * lane (values).
+NF4LORA_DEVICE uint32_t table_offset(uint32_t word, uint32_t column, uint32_t selector) {
+    return __byte_perm(word, column, selector);
+}
+
+NF4LORA_DEVICE uint32_t lookup_pair(const char *table, uint32_t word, uint32_t column, uint32_t selector) {
+    return *reinterpret_cast<const uint32_t *>(table + table_offset(word, column, selector));
+}
+
+NF4LORA_DEVICE float2 lookup_values(const char *table, uint32_t word, uint32_t column, uint32_t selector) {
+    return *reinterpret_cast<const float2 *>(table + table_offset(word, column, selector));
+}
+
+// ---- scales
+
+// Decodes the absmax of blocks; two roundings where it is nested. `map`: kDynamicCodes floats, filled by fill_map.
+struct Scales {
+    const void *absmax;
+    const float *nested_absmax;
+    const float *map;
+    float offset;
+
+    NF4LORA_DEVICE Scales(const Weight &w, const float *map_)
+        : absmax(w.absmax), nested_absmax(w.nested_absmax), map(map_), offset(w.nested_absmax ? *w.offset : 0.0f) {}
+
+    NF4LORA_DEVICE float operator()(int64_t block) const {
+        if (!nested_absmax)
+            return static_cast<const float *>(absmax)[block];
+        const float scale = nested_absmax[block / kNestedBlocksize];
+        return __fadd_rn(__fmul_rn(map[static_cast<const uint8_t *>(absmax)[block]], scale), offset);
+    }
+
+    static constexpr int64_t kNestedBlocksize = 256;
+};
+
+NF4LORA_DEVICE void fill_map(float *map) {
+    for (unsigned i = threadIdx.x; i < kDynamicCodes; i += blockDim.x)
+        map[i] = kDynamicMap.value[i];
+}
+
+// ---- groups
+
+// Which member a row of the concatenated weight belongs to, and what comes before it.
+struct Place {
+    int member;
+    int64_t row0;   // first row of the member in the group
+    int64_t rank0;  // first of its columns of xa
+};
+
+template <class Params>
+NF4LORA_DEVICE Place place_of(const Params &p, int64_t row) {
+    Place place{0, 0, 0};
+    while (place.member + 1 < p.count && row >= place.row0 + p.member[place.member].w.rows) {
+        place.row0 += p.member[place.member].w.rows;
+        place.rank0 += p.member[place.member].r;
+        ++place.member;
+    }
+    return place;
+}
+
+// ---- reductions that several blocks split
+
+// True in the block that comes last of `parts` to *counter, which starts as 0: what every block of them stored before is
+// then visible to all its threads. One word of shared memory at `word`; all threads of the block call.
+NF4LORA_DEVICE bool comes_last(uint32_t *counter, uint32_t parts, uint32_t *word) {
+    __syncthreads();  // all have stored
+    if (threadIdx.x == 0)
+        *word = atomic_add_acq_rel(counter, 1);
+    __syncthreads();
+    return *word + 1 == parts;
+}
+
+}  // namespace nf4lora

@@ -1,0 +1,219 @@
+"""The linear on CUDA: groups of linears that read one x in one launch, and the path that decodes the weight first."""
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from . import backends, heuristics
+from .abi import MAX_GROUP, CudaConfig, Dropout, GroupBwdParams, GroupFwdParams, GroupLoraBwdParams, Member
+from .heuristics import CudaLinearConfig, CudaPath
+from .native import Library, _code, _contiguous
+
+_PATHS = {p.name.lower(): p for p in CudaPath}
+_WIDE = 16  # bytes of the widest load
+
+
+class CudaLinear(Library):
+    """The rows of the linear. A single linear is a group of one; lists hold an operand of each member, or nothing."""
+
+    def capability(self, device: torch.device) -> tuple[int, int]:
+        return torch.cuda.get_device_capability(device)
+
+    def multiprocessors(self, device: torch.device) -> int:
+        return torch.cuda.get_device_properties(device).multi_processor_count
+
+    def _unfit_path(self, path: CudaPath, first: Tensor, K: int, packed: Sequence[Tensor]) -> str | None:
+        """Why a path cannot take these operands, or None; `first`: x or dy."""
+        if path == CudaPath.DENSE:
+            return None
+        if first.dtype == torch.float32:
+            return "the tensor cores take bfloat16 and float16; float32 goes by dense"
+        if K % 64:
+            return f"found K = {K}, wanted a multiple of 64"
+        if any(t.data_ptr() % _WIDE for t in packed) or (first.is_contiguous() and first.data_ptr() % _WIDE):
+            return f"found x, dy or packed at an address that is no multiple of {_WIDE}"
+        capability = self.capability(first.device)
+        if path == CudaPath.WGMMA and capability[0] != 9:
+            return f"found a device of capability {capability}, wanted 9.0"
+        return None if capability >= (8, 0) else f"found a device of capability {capability}, wanted 8.0 or newer"
+
+    def _path(self, first: Tensor, K: int, packed: Sequence[Tensor]) -> CudaPath:
+        if (forced := backends.forced_path()) in _PATHS:
+            return _PATHS[forced]
+        best = heuristics.cuda_paths(first.shape[0], self.capability(first.device)[0] == 9)
+        return next(p for p in best if self._unfit_path(p, first, K, packed) is None)
+
+    def _forced_unfit(self, first: Tensor, K: int, packed: Sequence[Tensor]) -> str | None:
+        path = _PATHS.get(backends.forced_path() or "")
+        reason = None if path is None else self._unfit_path(path, first, K, packed)
+        return None if reason is None else f"path {backends.forced_path()}: {reason}"
+
+    def _workspace(self, name: str, params: Any, like: Tensor) -> Tensor | None:
+        """Scratch that the launch asks for; the caller keeps it alive until the launch is made."""
+        params.workspace = None
+        if size := self.workspace_bytes(name, params):
+            scratch = self.empty(like, (size,), torch.uint8)
+            params.workspace = self.pointer(scratch)
+            return scratch
+        return None
+
+    def _members(self, packed, absmax, nested_absmax, offset, N, K, blocksize, quant_type, **others) -> Any:
+        """`others`: lists of `Member`'s other fields, tensors or numbers, empty where there are none."""
+        members = (Member * MAX_GROUP)()
+        for i, rows in enumerate(N):
+            if packed:
+                statistics = nested_absmax[i] if nested_absmax else None, offset[i] if offset else None
+                members[i].w = self._weight(packed[i], absmax[i], *statistics, rows, K, blocksize, quant_type)
+            for field, values in others.items():
+                if values:
+                    setattr(members[i], field, self.pointer(values[i]) if isinstance(values[i], Tensor) else values[i])
+        return members
+
+    # ---- a group of one
+
+    def linear_fwd(
+        self, x, packed, absmax, nested_absmax, offset, bias, lora_A, lora_B, seed, N, blocksize, quant_type, scaling,
+        dropout_p, config: CudaLinearConfig,
+    ) -> tuple[Tensor, Tensor]:  # fmt: skip
+        lists = map(_list, (packed, absmax, nested_absmax, offset, bias, lora_A, lora_B))
+        return self.group_fwd(x, *lists, seed, [N], blocksize, quant_type, [scaling], dropout_p, config)
+
+    def linear_bwd(
+        self, dy, packed, absmax, nested_absmax, offset, lora_A, dyb, seed, K, blocksize, quant_type, dropout_p,
+        config: CudaLinearConfig,
+    ) -> Tensor:  # fmt: skip
+        lists = map(_list, (packed, absmax, nested_absmax, offset, lora_A))
+        return self.group_bwd(dy, *lists, dyb, seed, [dy.shape[1]], K, blocksize, quant_type, dropout_p, config)
+
+    def lora_bwd(
+        self, dy, x, xa, lora_A, lora_B, seed, scaling, dropout_p, need_dA, need_dB, split: int
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        dyb, dA, dB = self.group_lora_bwd(dy, x, xa, [lora_A], [lora_B], seed, [scaling], dropout_p, need_dA, need_dB, split)
+        return dyb, dA[0] if need_dA else lora_A.new_empty(0), dB[0] if need_dB else lora_B.new_empty(0)
+
+    # ---- groups
+
+    def group_fwd(
+        self, x, packed, absmax, nested_absmax, offset, bias, lora_A, lora_B, seed, N, blocksize, quant_type, scaling,
+        dropout_p, config: CudaLinearConfig,
+    ) -> tuple[Tensor, Tensor]:  # fmt: skip
+        x, bias, lora_A, lora_B = x.contiguous(), _all(bias), _all(lora_A), _all(lora_B)
+        (M, K), ranks, total = x.shape, [A.shape[0] for A in lora_A] or [0] * len(N), sum(N)
+        dense, r = config.path == CudaPath.DENSE, sum(ranks)
+        extend = dense and r > 0 and heuristics.cuda_extend_fwd(total, K)
+        ld = -(-(K + r) // 8) * 8 if extend else K
+        xa = self.empty(x, (M, r), x.dtype)
+        y = x.new_empty(0) if dense else self.empty(x, (M, total), x.dtype)
+        x_ext = self.empty(x, (M, ld), x.dtype) if extend else None
+        decoded = self.empty(x, (total, ld), x.dtype) if dense else None
+        members = self._members(packed, absmax, nested_absmax, offset, N, K, blocksize, quant_type,
+                                bias=bias, lora_A=lora_A, lora_B=lora_B, r=ranks, scaling=scaling)  # fmt: skip
+        first = [_code(t[0] if t else None) for t in (bias, lora_A, lora_B)]
+        params = GroupFwdParams(members, *map(self.pointer, (x, y, xa, x_ext, decoded)), None, len(N), M, total, K, r, ld,
+                                _code(x), *first, Dropout(self.pointer(seed), dropout_p), _config(config))  # fmt: skip
+        if M and total:
+            scratch = self._workspace("linear_fwd", params, x)  # noqa: F841
+            self.run("linear_fwd", params, x.device)
+        if not dense:
+            return y, xa
+        b = None if not bias else (bias[0] if len(bias) == 1 else torch.cat(bias)).to(x.dtype)
+        left, w = (x_ext if extend else x), decoded.T
+        y = left @ w if b is None else torch.addmm(b, left, w)
+        if r and not extend:
+            for rows, rank, B, s in zip(y.split(N, 1), xa.split(ranks, 1), lora_B, scaling, strict=True):
+                rows.addmm_(rank, B.to(x.dtype).T, alpha=s)
+        return y, xa
+
+    def group_bwd(
+        self, dy, packed, absmax, nested_absmax, offset, lora_A, dyb, seed, N, K, blocksize, quant_type, dropout_p,
+        config: CudaLinearConfig,
+    ) -> Tensor:  # fmt: skip
+        dy, dyb, lora_A = dy.contiguous(), _contiguous(dyb), _all(lora_A)
+        M, total, ranks = dy.shape[0], sum(N), [A.shape[0] for A in lora_A] or [0] * len(N)
+        dense, r, dropped = config.path == CudaPath.DENSE, sum(ranks), seed is not None
+        extend = dense and r > 0 and not dropped and heuristics.cuda_extend_bwd(total, K)
+        into = not dense or (r > 0 and dropped)
+        dx = self.empty(dy, (M, K), dy.dtype) if into else dy.new_empty(0)
+        decoded = self.empty(dy, (total + r * extend, K), dy.dtype) if dense else None
+        members = self._members(packed, absmax, nested_absmax, offset, N, K, blocksize, quant_type, lora_A=lora_A, r=ranks)
+        params = GroupBwdParams(members, *map(self.pointer, (dy, dyb, dx, decoded)), None, len(N), M, total, K, r, _code(dy),
+                                _code(lora_A[0] if lora_A else None), extend, Dropout(self.pointer(seed), dropout_p),
+                                _config(config))  # fmt: skip
+        if M and K:
+            scratch = self._workspace("linear_bwd", params, dy)  # noqa: F841
+            self.run("linear_bwd", params, dy.device)
+        if not dense:
+            return dx
+        if extend:
+            return torch.cat((dy, dyb), 1) @ decoded
+        if not r:
+            return dy @ decoded
+        if not dropped:
+            A = lora_A[0] if len(lora_A) == 1 else torch.cat(lora_A)
+            dx = dyb @ A.to(dy.dtype)
+        return dx.addmm_(dy, decoded)
+
+    def group_lora_bwd(
+        self, dy, x, xa, lora_A, lora_B, seed, scaling, dropout_p, need_dA, need_dB, split: int
+    ) -> tuple[Tensor, list[Tensor], list[Tensor]]:
+        dy, lora_B = dy.contiguous(), _all(lora_B)
+        x, xa = x.contiguous() if need_dA else None, xa.contiguous() if need_dB else None
+        M, N, ranks, K = dy.shape[0], [B.shape[0] for B in lora_B], [A.shape[0] for A in lora_A], lora_A[0].shape[1]
+        dyb = self.empty(dy, (M, sum(ranks)), dy.dtype)
+        dA = [self.empty(A, A.shape, A.dtype) for A in lora_A] if need_dA else []
+        dB = [self.empty(B, B.shape, B.dtype) for B in lora_B] if need_dB else []
+        members = self._members([], [], [], [], N, K, 0, "nf4", lora_B=lora_B, dA=dA, dB=dB, r=ranks, scaling=scaling)
+        for member, rows in zip(members, N, strict=False):
+            member.w.rows = rows
+        params = GroupLoraBwdParams(members, *map(self.pointer, (dy, x, xa, dyb)), None, len(N), M, sum(N), K, sum(ranks),
+                                    _code(dy), _code(lora_A[0]), _code(lora_B[0]), split,
+                                    Dropout(self.pointer(seed), dropout_p))  # fmt: skip
+        scratch = self._workspace("lora_bwd", params, dy)  # noqa: F841
+        self.run("lora_bwd", params, dy.device)
+        return dyb, dA, dB
+
+    # ---- which path, and its tiles
+
+    def _linear_fwd_why_not(self, *args: Any) -> str | None:
+        return self.why_not(*args) or (self._forced_unfit(args[0], args[0].shape[1], _list(args[1])) if args else None)
+
+    _group_fwd_why_not = _linear_fwd_why_not
+
+    def _linear_fwd_config(self, x: Tensor, packed: Any, *args: Any) -> CudaLinearConfig:
+        (M, K), N = x.shape, args[7]
+        total = N if isinstance(N, int) else sum(N)
+        return heuristics.cuda_linear_fwd(self._path(x, K, _list(packed)), M, total, K, self.multiprocessors(x.device))
+
+    _group_fwd_config = _linear_fwd_config
+
+    def _linear_bwd_why_not(self, *args: Any) -> str | None:
+        return self.why_not(*args) or (self._forced_unfit(args[0], args[8], _list(args[1])) if args else None)
+
+    def _linear_bwd_config(self, dy: Tensor, packed: Any, *args: Any) -> CudaLinearConfig:
+        (M, N), K = dy.shape, args[6]
+        return heuristics.cuda_linear_bwd(self._path(dy, K, _list(packed)), M, N, K, self.multiprocessors(dy.device))
+
+    def _group_bwd_why_not(self, *args: Any) -> str | None:
+        return self.why_not(*args) or (self._forced_unfit(args[0], args[9], args[1]) if args else None)
+
+    def _group_bwd_config(self, dy: Tensor, packed: Any, *args: Any) -> CudaLinearConfig:
+        return self._linear_bwd_config(dy, packed, *args[:6], args[7])
+
+    def _lora_bwd_config(self, dy: Tensor, *args: Any) -> int:
+        return heuristics.cuda_lora_bwd(*dy.shape, self.multiprocessors(dy.device))
+
+    _group_lora_bwd_config = _lora_bwd_config
+
+
+def _list(t: Any) -> list[Tensor]:
+    return [] if t is None else [t] if isinstance(t, Tensor) else list(t)
+
+
+def _all(tensors: Sequence[Tensor]) -> list[Tensor]:
+    return [t.contiguous() for t in tensors]
+
+
+def _config(config: CudaLinearConfig) -> CudaConfig:
+    return CudaConfig(config.path, config.tokens, config.rows, config.split)
