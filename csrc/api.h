@@ -21,6 +21,8 @@ NF4LORA_API const char *nf4lora_cuda_dequantize(const nf4lora::DequantizeParams 
 NF4LORA_API const char *nf4lora_cuda_linear_fwd(const nf4lora::GroupFwdParams *, void *stream);
 NF4LORA_API const char *nf4lora_cuda_linear_bwd(const nf4lora::GroupBwdParams *, void *stream);
 NF4LORA_API const char *nf4lora_cuda_lora_bwd(const nf4lora::GroupLoraBwdParams *, void *stream);
+NF4LORA_API const char *nf4lora_cuda_swiglu_fwd(const nf4lora::SwigluParams *, void *stream);
+NF4LORA_API const char *nf4lora_cuda_swiglu_bwd(const nf4lora::SwigluParams *, void *stream);
 // Bytes of scratch memory that the launch wants in `workspace`.
 NF4LORA_API int64_t nf4lora_cuda_linear_fwd_workspace(const nf4lora::GroupFwdParams *);
 NF4LORA_API int64_t nf4lora_cuda_linear_bwd_workspace(const nf4lora::GroupBwdParams *);

@@ -212,4 +212,15 @@ struct GroupLoraBwdParams {
     Dropout dropout;
 };
 
+// forward: h = gate * sigmoid(gate) * up;  backward: d_gate_up from dh; fp32 arithmetic, each result rounded once
+struct SwigluParams {
+    const void *gate_up;  // dtype [M, 2 N], the gate's columns first
+    const void *dh;       // dtype [M, N], null in the forward
+    void *out;            // dtype [M, N], or [M, 2 N] in the backward
+    int64_t M;
+    int64_t N;
+    int32_t dtype;
+    int32_t workers;      // thread blocks
+};
+
 }  // namespace nf4lora

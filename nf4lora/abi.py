@@ -80,6 +80,10 @@ class GroupLoraBwdParams(Structure):
                 ("B_dtype", _I), ("split", _I), ("dropout", Dropout)]  # fmt: skip
 
 
+class SwigluParams(Structure):
+    _fields_ = [("gate_up", _P), ("dh", _P), ("out", _P), ("M", _L), ("N", _L), ("dtype", _I), ("workers", _I)]
+
+
 # nf4lora_cpu_<name> -> its argument
 FUNCTIONS = {
     "quantize": QuantizeParams,
@@ -95,4 +99,6 @@ CUDA_FUNCTIONS = {name: FUNCTIONS[name] for name in ("quantize", "quantize_absma
     "linear_fwd": GroupFwdParams,
     "linear_bwd": GroupBwdParams,
     "lora_bwd": GroupLoraBwdParams,
+    "swiglu_fwd": SwigluParams,
+    "swiglu_bwd": SwigluParams,
 }

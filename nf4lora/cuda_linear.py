@@ -6,49 +6,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from . import backends, heuristics
-from .abi import MAX_GROUP, CudaConfig, Dropout, GroupBwdParams, GroupFwdParams, GroupLoraBwdParams, Member
+from . import heuristics
+from .abi import MAX_GROUP, CudaConfig, Dropout, GroupBwdParams, GroupFwdParams, GroupLoraBwdParams, Member, SwigluParams
+from .cuda_paths import CudaPaths, as_list
 from .heuristics import CudaLinearConfig, CudaPath
-from .native import Library, _code, _contiguous
-
-_PATHS = {p.name.lower(): p for p in CudaPath}
-_WIDE = 16  # bytes of the widest load
+from .native import _code, _contiguous
 
 
-class CudaLinear(Library):
+class CudaLinear(CudaPaths):
     """The rows of the linear. A single linear is a group of one; lists hold an operand of each member, or nothing."""
-
-    def capability(self, device: torch.device) -> tuple[int, int]:
-        return torch.cuda.get_device_capability(device)
-
-    def multiprocessors(self, device: torch.device) -> int:
-        return torch.cuda.get_device_properties(device).multi_processor_count
-
-    def _unfit_path(self, path: CudaPath, first: Tensor, K: int, packed: Sequence[Tensor]) -> str | None:
-        """Why a path cannot take these operands, or None; `first`: x or dy."""
-        if path == CudaPath.DENSE:
-            return None
-        if first.dtype == torch.float32:
-            return "the tensor cores take bfloat16 and float16; float32 goes by dense"
-        if K % 64:
-            return f"found K = {K}, wanted a multiple of 64"
-        if any(t.data_ptr() % _WIDE for t in packed) or (first.is_contiguous() and first.data_ptr() % _WIDE):
-            return f"found x, dy or packed at an address that is no multiple of {_WIDE}"
-        capability = self.capability(first.device)
-        if path == CudaPath.WGMMA and capability[0] != 9:
-            return f"found a device of capability {capability}, wanted 9.0"
-        return None if capability >= (8, 0) else f"found a device of capability {capability}, wanted 8.0 or newer"
-
-    def _path(self, first: Tensor, K: int, packed: Sequence[Tensor]) -> CudaPath:
-        if (forced := backends.forced_path()) in _PATHS:
-            return _PATHS[forced]
-        best = heuristics.cuda_paths(first.shape[0], self.capability(first.device)[0] == 9)
-        return next(p for p in best if self._unfit_path(p, first, K, packed) is None)
-
-    def _forced_unfit(self, first: Tensor, K: int, packed: Sequence[Tensor]) -> str | None:
-        path = _PATHS.get(backends.forced_path() or "")
-        reason = None if path is None else self._unfit_path(path, first, K, packed)
-        return None if reason is None else f"path {backends.forced_path()}: {reason}"
 
     def _workspace(self, name: str, params: Any, like: Tensor) -> Tensor | None:
         """Scratch that the launch asks for; the caller keeps it alive until the launch is made."""
@@ -77,14 +43,14 @@ class CudaLinear(Library):
         self, x, packed, absmax, nested_absmax, offset, bias, lora_A, lora_B, seed, N, blocksize, quant_type, scaling,
         dropout_p, config: CudaLinearConfig,
     ) -> tuple[Tensor, Tensor]:  # fmt: skip
-        lists = map(_list, (packed, absmax, nested_absmax, offset, bias, lora_A, lora_B))
+        lists = map(as_list, (packed, absmax, nested_absmax, offset, bias, lora_A, lora_B))
         return self.group_fwd(x, *lists, seed, [N], blocksize, quant_type, [scaling], dropout_p, config)
 
     def linear_bwd(
         self, dy, packed, absmax, nested_absmax, offset, lora_A, dyb, seed, K, blocksize, quant_type, dropout_p,
         config: CudaLinearConfig,
     ) -> Tensor:  # fmt: skip
-        lists = map(_list, (packed, absmax, nested_absmax, offset, lora_A))
+        lists = map(as_list, (packed, absmax, nested_absmax, offset, lora_A))
         return self.group_bwd(dy, *lists, dyb, seed, [dy.shape[1]], K, blocksize, quant_type, dropout_p, config)
 
     def lora_bwd(
@@ -174,41 +140,20 @@ class CudaLinear(Library):
         self.run("lora_bwd", params, dy.device)
         return dyb, dA, dB
 
-    # ---- which path, and its tiles
+    def swiglu_fwd(self, gate_up: Tensor, workers: int) -> Tensor:
+        M, N = gate_up.shape[0], gate_up.shape[1] // 2
+        return self._swiglu("swiglu_fwd", gate_up.contiguous(), None, (M, N), workers)
 
-    def _linear_fwd_why_not(self, *args: Any) -> str | None:
-        return self.why_not(*args) or (self._forced_unfit(args[0], args[0].shape[1], _list(args[1])) if args else None)
+    def swiglu_bwd(self, gate_up: Tensor, dh: Tensor, workers: int) -> Tensor:
+        return self._swiglu("swiglu_bwd", gate_up.contiguous(), dh.contiguous(), gate_up.shape, workers)
 
-    _group_fwd_why_not = _linear_fwd_why_not
-
-    def _linear_fwd_config(self, x: Tensor, packed: Any, *args: Any) -> CudaLinearConfig:
-        (M, K), N = x.shape, args[7]
-        total = N if isinstance(N, int) else sum(N)
-        return heuristics.cuda_linear_fwd(self._path(x, K, _list(packed)), M, total, K, self.multiprocessors(x.device))
-
-    _group_fwd_config = _linear_fwd_config
-
-    def _linear_bwd_why_not(self, *args: Any) -> str | None:
-        return self.why_not(*args) or (self._forced_unfit(args[0], args[8], _list(args[1])) if args else None)
-
-    def _linear_bwd_config(self, dy: Tensor, packed: Any, *args: Any) -> CudaLinearConfig:
-        (M, N), K = dy.shape, args[6]
-        return heuristics.cuda_linear_bwd(self._path(dy, K, _list(packed)), M, N, K, self.multiprocessors(dy.device))
-
-    def _group_bwd_why_not(self, *args: Any) -> str | None:
-        return self.why_not(*args) or (self._forced_unfit(args[0], args[9], args[1]) if args else None)
-
-    def _group_bwd_config(self, dy: Tensor, packed: Any, *args: Any) -> CudaLinearConfig:
-        return self._linear_bwd_config(dy, packed, *args[:6], args[7])
-
-    def _lora_bwd_config(self, dy: Tensor, *args: Any) -> int:
-        return heuristics.cuda_lora_bwd(*dy.shape, self.multiprocessors(dy.device))
-
-    _group_lora_bwd_config = _lora_bwd_config
-
-
-def _list(t: Any) -> list[Tensor]:
-    return [] if t is None else [t] if isinstance(t, Tensor) else list(t)
+    def _swiglu(self, name: str, gate_up: Tensor, dh: Tensor | None, shape: Sequence[int], workers: int) -> Tensor:
+        out = self.empty(gate_up, shape, gate_up.dtype)
+        if out.numel():
+            M, N = gate_up.shape[0], gate_up.shape[1] // 2
+            params = SwigluParams(*map(self.pointer, (gate_up, dh, out)), M, N, _code(gate_up), workers)
+            self.run(name, params, gate_up.device)
+        return out
 
 
 def _all(tensors: Sequence[Tensor]) -> list[Tensor]:

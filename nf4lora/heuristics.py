@@ -141,6 +141,11 @@ def cuda_lora_bwd(M: int, N: int, multiprocessors: int) -> int:
     return max(1, min(-(-M // 256), -(-2 * multiprocessors * 128 // max(N, 1))))
 
 
+def cuda_swiglu(numel: int, multiprocessors: int) -> int:
+    """Thread blocks for numel outputs, 8 a thread and 256 threads a block. Source: calculated."""
+    return max(1, min(-(-numel // 2048), CUDA_BLOCKS_PER_SM * multiprocessors))
+
+
 def _split(tiles: int, steps: int, multiprocessors: int) -> int:
     """Parts of a reduction of `steps` so that `tiles` tiles of the output keep the multiprocessors busy; at most 8."""
     return max(1, min(multiprocessors // max(tiles, 1), steps // 4, 8))
@@ -154,6 +159,12 @@ def cpu_linear_fwd(M: int, threads: int) -> LinearConfig:
 def cpu_linear_bwd(M: int, threads: int) -> LinearConfig:
     """Tiles of the host's dx for M tokens."""
     return _fitted(_CPU_BACKWARD, M, threads)
+
+
+def on_path(config: LinearConfig, path: str | None) -> LinearConfig:
+    """The config with the host's path of that name, if it is one of them."""
+    named = {p.name.lower(): p for p in LinearPath}.get(path or "")
+    return config if named is None else replace(config, path=named)
 
 
 def _fitted(rows: tuple[tuple[int, LinearConfig], ...], M: int, threads: int) -> LinearConfig:
@@ -185,3 +196,83 @@ def triton_dequantize(numel: int) -> TritonConfig:
 def triton_quantize_absmax() -> TritonConfig:
     """One nested block a program: there is one for each 16,384 weights. Source: calculated."""
     return TritonConfig(256, 2)
+
+
+class TritonPath(IntEnum):
+    """TILED decodes the weight inside the product, DENSE to memory first."""
+
+    TILED = 0
+    DENSE = 1
+
+
+@dataclass(frozen=True)
+class TritonTile:
+    """One program of a Triton product: rows and columns of the output it makes, steps of the sum it takes at a time.
+
+    split: parts of the sum, each a program's. Where a dimension is the whole rank of LoRA, cols or rows says nothing.
+    """
+
+    rows: int
+    cols: int
+    steps: int
+    split: int = 1
+    warps: int = 4
+    stages: int = 3
+
+
+@dataclass(frozen=True)
+class TritonLinearConfig:
+    """product: of y or dx; lora: of xa, in the forward."""
+
+    path: TritonPath
+    product: TritonTile
+    lora: TritonTile | None = None
+
+
+@dataclass(frozen=True)
+class TritonLoraConfig:
+    """dy: the pass over dy that makes dyb and dB; x: the pass over x that makes dA."""
+
+    dy: TritonTile
+    x: TritonTile
+
+
+def triton_path(M: int) -> TritonPath:
+    """Where decoding the weight again for each 128 tokens costs more than keeping it. Source: calculated."""
+    return TritonPath.DENSE if M >= CUDA_DENSE_TOKENS else TritonPath.TILED
+
+
+def triton_linear_fwd(path: TritonPath, M: int, N: int, K: int, r: int, multiprocessors: int) -> TritonLinearConfig:
+    """Few tokens: narrow tiles and parts of K, to keep the device busy; many: what feeds the tensor cores. Source: calculated."""
+    rows, cols, warps = _triton_tile(M)
+    split = _split(-(-M // rows) * -(-N // cols), K // 64, multiprocessors)
+    return TritonLinearConfig(path, TritonTile(rows, cols, 64, split, warps), _triton_rank_tile(M, K, r, multiprocessors))
+
+
+def triton_linear_bwd(path: TritonPath, M: int, N: int, K: int, multiprocessors: int) -> TritonLinearConfig:
+    """As the forward's, the sums over N. Source: calculated."""
+    rows, cols, warps = _triton_tile(M)
+    return TritonLinearConfig(path, TritonTile(rows, cols, 64, _split(-(-M // rows) * -(-K // cols), N // 64, multiprocessors), warps))
+
+
+def triton_lora_bwd(M: int, N: int, K: int, r: int, multiprocessors: int) -> TritonLoraConfig:
+    """dy: as many tokens a program as registers allow, as each block of tokens writes a dB. Source: calculated."""
+    wide = r > 64
+    rows = min(_tokens(M), 64 if wide else 128)
+    dy = TritonTile(rows, 0, 32 if wide else 64, _split(-(-M // rows), N // 64, multiprocessors), 8 if wide else 4, 2)
+    x = TritonTile(0, 32 if wide else 64, 64, _split(-(-K // (32 if wide else 64)), M // 64, multiprocessors), 8 if wide else 4, 2)
+    return TritonLoraConfig(dy, x)
+
+
+def _triton_rank_tile(M: int, K: int, r: int, multiprocessors: int) -> TritonTile:
+    wide, rows = r > 64, min(_tokens(M), 64)
+    return TritonTile(rows, 0, 32 if wide else 64, _split(-(-M // rows), K // 64, multiprocessors), 8 if wide else 4, 2)
+
+
+def _triton_tile(M: int) -> tuple[int, int, int]:
+    rows = _tokens(M)
+    return (rows, 64, 4) if rows <= 64 else (rows, 128, 8)
+
+
+def _tokens(M: int) -> int:
+    return next((t for t in (16, 32, 64) if M <= t), 128)

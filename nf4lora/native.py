@@ -5,7 +5,6 @@ import os
 import warnings
 from collections.abc import Sequence
 from ctypes import POINTER, Structure, byref, c_char_p, c_void_p
-from dataclasses import replace
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -49,6 +48,8 @@ class Library:
         except OSError as error:
             return None, f"{path.name} does not load: {error}"
         for name, params in self.functions.items():
+            if not hasattr(loaded, f"nf4lora_{self.prefix}_{name}"):
+                return None, f"{path.name} has no {name}, it is of another version: {self.remedy}"
             function = getattr(loaded, f"nf4lora_{self.prefix}_{name}")
             function.argtypes, function.restype = [POINTER(params)] + [c_void_p] * self.stream, c_char_p
         return loaded, None
@@ -175,10 +176,10 @@ class HostLibrary(Library):
     _dequantize_config = _quantize_config
 
     def _linear_fwd_config(self, first: Tensor, *args: Any) -> heuristics.LinearConfig:
-        return _on_forced_path(heuristics.cpu_linear_fwd(first.shape[0], torch.get_num_threads()))
+        return heuristics.on_path(heuristics.cpu_linear_fwd(first.shape[0], torch.get_num_threads()), backends.forced_path())
 
     def _linear_bwd_config(self, first: Tensor, *args: Any) -> heuristics.LinearConfig:
-        return _on_forced_path(heuristics.cpu_linear_bwd(first.shape[0], torch.get_num_threads()))
+        return heuristics.on_path(heuristics.cpu_linear_bwd(first.shape[0], torch.get_num_threads()), backends.forced_path())
 
     _lora_bwd_config = _linear_fwd_config
 
@@ -189,11 +190,6 @@ def _code(t: Tensor | None) -> int:
 
 def _config(config: heuristics.LinearConfig) -> LinearConfig:
     return LinearConfig(config.path, config.block_m, config.block_n, config.block_k, config.threads)
-
-
-def _on_forced_path(config: heuristics.LinearConfig) -> heuristics.LinearConfig:
-    named = {p.name.lower(): p for p in heuristics.LinearPath}.get(backends.forced_path() or "")
-    return config if named is None else replace(config, path=named)
 
 
 def _contiguous(t: Tensor | None) -> Tensor | None:

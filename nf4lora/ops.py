@@ -9,6 +9,7 @@ from typing import Any
 import torch
 
 from . import backends, checks
+from . import group_rows as group_rows  # enters the "cpu" rows of groups
 from . import native as native  # enters the rows of the "cpu" back end
 from . import native_cuda as native_cuda  # of "cuda"
 from . import reference
@@ -88,4 +89,44 @@ lora_bwd = _define(
         torch.empty_like(lora_B) if need_dB else lora_B.new_empty(0),
     ),
     checks.lora_bwd,
+)
+
+# The same for linears that read one x: lists hold an operand of each member, or nothing where no member has it. Columns
+# of y and dy stand side by side, those of xa and dyb too. All members share blocksize, code, dtypes and dropout's mask.
+_WEIGHTS = "Tensor[] packed, Tensor[] absmax, Tensor[] nested_absmax, Tensor[] offset"
+
+group_fwd = _define(
+    f"group_fwd(Tensor x, {_WEIGHTS}, Tensor[] bias, Tensor[] lora_A, Tensor[] lora_B, Tensor? seed, "
+    "SymInt[] N, int blocksize, str quant_type, float[] scaling, float dropout_p) -> (Tensor, Tensor)",
+    lambda x, packed, absmax, nested_absmax, offset, bias, lora_A, lora_B, seed, N, *rest: (
+        x.new_empty((x.shape[0], sum(N))),
+        x.new_empty((x.shape[0], sum(A.shape[0] for A in lora_A))),
+    ),
+    checks.group_fwd,
+)
+group_bwd = _define(
+    f"group_bwd(Tensor dy, {_WEIGHTS}, Tensor[] lora_A, Tensor? dyb, Tensor? seed, "
+    "SymInt[] N, SymInt K, int blocksize, str quant_type, float dropout_p) -> Tensor",
+    lambda dy, packed, absmax, nested_absmax, offset, lora_A, dyb, seed, N, K, *rest: dy.new_empty((dy.shape[0], K)),
+    checks.group_bwd,
+)
+group_lora_bwd = _define(
+    "group_lora_bwd(Tensor dy, Tensor x, Tensor xa, Tensor[] lora_A, Tensor[] lora_B, Tensor? seed, "
+    "float[] scaling, float dropout_p, bool need_dA, bool need_dB) -> (Tensor, Tensor[], Tensor[])",
+    lambda dy, x, xa, lora_A, lora_B, seed, scaling, dropout_p, need_dA, need_dB: (
+        dy.new_empty((dy.shape[0], sum(A.shape[0] for A in lora_A))),
+        [torch.empty_like(A) for A in lora_A] if need_dA else [],
+        [torch.empty_like(B) for B in lora_B] if need_dB else [],
+    ),
+    checks.group_lora_bwd,
+)
+swiglu_fwd = _define(
+    "swiglu_fwd(Tensor gate_up) -> Tensor",
+    lambda gate_up: gate_up.new_empty((gate_up.shape[0], gate_up.shape[1] // 2)),
+    checks.swiglu_fwd,
+)
+swiglu_bwd = _define(
+    "swiglu_bwd(Tensor gate_up, Tensor dh) -> Tensor",
+    lambda gate_up, dh: gate_up.new_empty(gate_up.shape),
+    checks.swiglu_bwd,
 )

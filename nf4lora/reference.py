@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from .codebook import MIN_ABSMAX, NESTED_BLOCKSIZE, boundaries, code_order, codebook, dynamic_boundaries
+from .dropout import dropout, work_dtype
 
 
 def quantize(a: Tensor, blocksize: int, quant_type: str) -> tuple[Tensor, Tensor]:
@@ -67,7 +68,7 @@ def linear_fwd(
     bias [N]; lora_A [r, K], lora_B [N, r], each of any float dtype; seed int64 [1] turns dropout on.
     Rounding: xa once to x's dtype, and it is the rounded xa that goes on; y once, at the end.
     """
-    work = _work_dtype(x)
+    work = work_dtype(x)
     w = dequantize(packed, absmax, nested_absmax, offset, [N, x.shape[1]], blocksize, quant_type, work)
     y = x.to(work) @ w.T
     xa = x.new_zeros(x.shape[0], 0)
@@ -85,7 +86,7 @@ def linear_bwd(
     K: int, blocksize: int, quant_type: str, dropout_p: float,
 ) -> Tensor:  # fmt: skip
     """dy [M, N] -> dx [M, K] = dy W + mask * (dyb lora_A), in dy's dtype; dyb [M, r] comes from `lora_bwd`."""
-    work = _work_dtype(dy)
+    work = work_dtype(dy)
     w = dequantize(packed, absmax, nested_absmax, offset, [dy.shape[1], K], blocksize, quant_type, work)
     dx = dy.to(work) @ w
     if lora_A is not None:
@@ -101,7 +102,7 @@ def lora_bwd(
 
     dA and dB in the dtypes of lora_A and lora_B; one that is not needed comes back empty.
     """
-    work = _work_dtype(dy)
+    work = work_dtype(dy)
     dyb = (scaling * (dy.to(work) @ lora_B.to(work))).to(dy.dtype)
     dA, dB = lora_A.new_empty(0), lora_B.new_empty(0)
     if need_dA:
@@ -111,36 +112,68 @@ def lora_bwd(
     return dyb, dA, dB
 
 
-def dropout(x: Tensor, seed: Tensor | None, p: float) -> Tensor:
-    """Inverted dropout of [M, K] from a seed, in float32 (float64 for float64): the same bits on every back end.
+def group_fwd(
+    x: Tensor, packed: list[Tensor], absmax: list[Tensor], nested_absmax: list[Tensor], offset: list[Tensor],
+    bias: list[Tensor], lora_A: list[Tensor], lora_B: list[Tensor], seed: Tensor | None,
+    N: list[int], blocksize: int, quant_type: str, scaling: list[float], dropout_p: float,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """`linear_fwd` of each member on one x: y [M, sum N], xa [M, sum r], columns side by side; one mask for them all."""
+    each = [
+        linear_fwd(
+            x, packed[i], absmax[i], *_pair(nested_absmax, offset, i), _at(bias, i), *_pair(lora_A, lora_B, i), seed,
+            n, blocksize, quant_type, scaling[i], dropout_p,
+        )
+        for i, n in enumerate(N)
+    ]  # fmt: skip
+    return torch.cat([y for y, _ in each], 1), torch.cat([xa for _, xa in each], 1)
 
-    Philox4x32-10, key = seed, counter = flat index // 4; element i keeps iff (word[i % 4] >> 8) >= ceil(p * 2**24),
-    multiplied by the float32 1 / (1 - p); a dropped element is 0 whatever it was.
+
+def group_bwd(
+    dy: Tensor, packed: list[Tensor], absmax: list[Tensor], nested_absmax: list[Tensor], offset: list[Tensor],
+    lora_A: list[Tensor], dyb: Tensor | None, seed: Tensor | None,
+    N: list[int], K: int, blocksize: int, quant_type: str, dropout_p: float,
+) -> Tensor:  # fmt: skip
+    """dy [M, sum N] -> dx [M, K], the sum of the members' `linear_bwd`, rounded once; dyb [M, sum r]."""
+    work = work_dtype(dy)
+    dx = dy.new_zeros((dy.shape[0], K), dtype=work)
+    for i, part in enumerate(dy.split(N, 1)):
+        w = dequantize(packed[i], absmax[i], *_pair(nested_absmax, offset, i), [N[i], K], blocksize, quant_type, work)
+        dx = dx + part.to(work) @ w
+    if lora_A:
+        dx = dx + dropout(dyb.to(work) @ torch.cat(lora_A).to(work), seed, dropout_p)
+    return dx.to(dy.dtype)
+
+
+def group_lora_bwd(
+    dy: Tensor, x: Tensor, xa: Tensor, lora_A: list[Tensor], lora_B: list[Tensor], seed: Tensor | None,
+    scaling: list[float], dropout_p: float, need_dA: bool, need_dB: bool,
+) -> tuple[Tensor, list[Tensor], list[Tensor]]:  # fmt: skip
+    """`lora_bwd` of each member: dyb [M, sum r], and each one's dA and dB; a list not needed comes back empty."""
+    ranks = [A.shape[0] for A in lora_A]
+    parts = xa.split(ranks, 1) if need_dB else [xa] * len(ranks)
+    each = [
+        lora_bwd(part, x, own, A, B, seed, s, dropout_p, need_dA, need_dB)
+        for part, own, A, B, s in zip(dy.split([B.shape[0] for B in lora_B], 1), parts, lora_A, lora_B, scaling, strict=True)
+    ]
+    dyb, dA, dB = zip(*each, strict=True)
+    return torch.cat(dyb, 1), list(dA) if need_dA else [], list(dB) if need_dB else []
+
+
+def swiglu_fwd(gate_up: Tensor) -> Tensor:
+    """gate_up [M, 2 N], the gate's columns first -> h [M, N] = gate * sigmoid(gate) * up, rounded once.
+
+    Source: SwiGLU, arXiv:2002.05202; as the MLP of Llama, Qwen and Mistral computes it, which also rounds silu(gate).
     """
-    x = x.to(_work_dtype(x))
-    if seed is None:
-        return x
-    p32 = torch.tensor(p, dtype=torch.float32, device=x.device)
-    counter = torch.arange(-(-x.numel() // 4), dtype=torch.int64, device=x.device)
-    words = _philox(counter, seed.reshape(())).reshape(-1)[: x.numel()].reshape(x.shape)
-    keep = (words >> 8) >= torch.ceil(p32.double() * 2.0**24).long()
-    return torch.where(keep, x * (1.0 / (1.0 - p32)).to(x.dtype), torch.zeros_like(x))
+    gate, up = gate_up.to(work_dtype(gate_up)).chunk(2, 1)
+    return (gate * torch.sigmoid(gate) * up).to(gate_up.dtype)
 
 
-def _philox(counter: Tensor, seed: Tensor) -> Tensor:
-    """Philox4x32-10 (Salmon et al., SC'11). counter, seed: int64 -> int64 [len(counter), 4] of 32-bit words."""
-    low = 0xFFFFFFFF
-    c = [counter & low, (counter >> 32) & low, torch.zeros_like(counter), torch.zeros_like(counter)]
-    k0, k1 = seed & low, (seed >> 32) & low
-    for _ in range(10):
-        # int64 products wrap, and the wrapped bits are the ones wanted.
-        product0, product1 = c[0] * 0xD2511F53, c[2] * 0xCD9E8D57
-        c = [
-            ((product1 >> 32) & low) ^ c[1] ^ k0, product1 & low,
-            ((product0 >> 32) & low) ^ c[3] ^ k1, product0 & low,
-        ]  # fmt: skip
-        k0, k1 = (k0 + 0x9E3779B9) & low, (k1 + 0xBB67AE85) & low
-    return torch.stack(c, dim=-1)
+def swiglu_bwd(gate_up: Tensor, dh: Tensor) -> Tensor:
+    """dh [M, N] -> the gradient of gate_up [M, 2 N], in its dtype, each rounded once."""
+    gate, up = gate_up.to(work_dtype(gate_up)).chunk(2, 1)
+    dh, sigmoid = dh.to(gate.dtype), torch.sigmoid(gate)
+    dgate = dh * up * sigmoid * (1 + gate * (1 - sigmoid))
+    return torch.cat((dgate, dh * gate * sigmoid), 1).to(gate_up.dtype)
 
 
 def _scaled_blocks(flat: Tensor, blocksize: int) -> tuple[Tensor, Tensor]:
@@ -150,5 +183,9 @@ def _scaled_blocks(flat: Tensor, blocksize: int) -> tuple[Tensor, Tensor]:
     return blocks * (1.0 / absmax.clamp_min(MIN_ABSMAX)).unsqueeze(1), absmax
 
 
-def _work_dtype(t: Tensor) -> torch.dtype:
-    return torch.float64 if t.dtype == torch.float64 else torch.float32
+def _at(tensors: list[Tensor], i: int) -> Tensor | None:
+    return tensors[i] if tensors else None
+
+
+def _pair(first: list[Tensor], second: list[Tensor], i: int) -> tuple[Tensor | None, Tensor | None]:
+    return _at(first, i), _at(second, i)

@@ -4,12 +4,15 @@ import pytest
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from nf4lora import autograd, backends, linear_4bit, ops, quantize_4bit, reference
+from nf4lora import autograd, backends, dropout, linear_4bit, ops, quantize_4bit, reference
 from nf4lora.abi import CUDA_FUNCTIONS
 from nf4lora.testing import random_case
 
 FLOATS = (torch.float32, torch.bfloat16, torch.float16)
-NAMES = ("quantize", "quantize_absmax", "dequantize", "linear_fwd", "linear_bwd", "lora_bwd")
+NAMES = (
+    "quantize", "quantize_absmax", "dequantize", "linear_fwd", "linear_bwd", "lora_bwd", "group_fwd", "group_bwd",
+    "group_lora_bwd", "swiglu_fwd", "swiglu_bwd",
+)  # fmt: skip
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -33,14 +36,47 @@ def samples(name):
                     yield case.x, *weight, case.bias, case.lora_A, case.lora_B, seed, 12, 64, "nf4", 2.0, p
                 elif name == "linear_bwd":
                     yield case.dy, *weight, case.lora_A, dyb, seed, 33, 64, "nf4", p
-                elif r:
+                elif name == "lora_bwd" and r:
                     yield case.dy, case.x, xa, case.lora_A, case.lora_B, seed, 2.0, p, True, not nested
+                elif name.startswith("group"):
+                    yield from group_samples(name, case, seed, p)
+                elif name == "swiglu_fwd" and not r:
+                    yield (case.dy,)
+                elif name == "swiglu_bwd" and not r:
+                    yield case.dy, case.dy[:, ::2].contiguous()
+
+
+def group_samples(name, case, seed, p):
+    """The op of a group of two: the case, and itself again."""
+    state, r = case.state, 0 if case.lora_A is None else case.lora_A.shape[0]
+    weights, bias, A, B = (
+        [[] if t is None else [t, t.clone()] for t in tensors]
+        for tensors in ((case.packed, state.absmax, state.nested_absmax, state.offset), (case.bias,), (case.lora_A,), (case.lora_B,))
+    )
+    dy, side = torch.cat((case.dy, case.dy), 1), torch.randn(4, 2 * r).to(case.x.dtype)
+    if name == "group_fwd":
+        yield case.x, *weights, *bias, *A, *B, seed, [12, 12], 64, "nf4", [2.0, 0.5], p
+    elif name == "group_bwd":
+        yield dy, *weights, *A, side if r else None, seed, [12, 12], 33, 64, "nf4", p
+    elif r:
+        yield dy, case.x, side, *A, *B, seed, [2.0, 0.5], p, True, case.bias is None
 
 
 @pytest.mark.parametrize("name", NAMES)
 def test_opcheck(backend, name):
     for args in list(samples(name))[:: 5 if backend == "cpu" else 11]:
         torch.library.opcheck(getattr(ops, name), args)  # all of torch's test utilities
+
+
+def tensors_of(outputs):
+    """An op's outputs in a row, those of lists too."""
+    for out in outputs if isinstance(outputs, (tuple, list)) else (outputs,):
+        yield from tensors_of(out) if isinstance(out, (tuple, list)) else (out,)
+
+
+def mapped(f, args):
+    """The arguments of an op with f of each tensor, those of lists too."""
+    return [f(a) if isinstance(a, torch.Tensor) else mapped(f, a) if isinstance(a, list) else a for a in args]
 
 
 @pytest.mark.parametrize("name", CUDA_FUNCTIONS)
@@ -54,18 +90,18 @@ def test_fakes_say_shape_dtype_and_strides(backend, name):
     for args in samples(name):
         real = getattr(ops, name)(*args)
         with FakeTensorMode() as mode:
-            fake = getattr(ops, name)(*(mode.from_tensor(a) if isinstance(a, torch.Tensor) else a for a in args))
-        for f, t in zip(*((o if isinstance(o, tuple) else (o,)) for o in (fake, real)), strict=True):
+            fake = getattr(ops, name)(*mapped(mode.from_tensor, args))
+        for f, t in zip(tensors_of(fake), tensors_of(real), strict=True):
             assert (f.shape, f.dtype, f.stride(), f.device) == (t.shape, t.dtype, t.stride(), t.device)
             assert all(t.untyped_storage().data_ptr() != a.untyped_storage().data_ptr() or not t.numel()
-                       for a in args if isinstance(a, torch.Tensor) and a.numel()), "an output aliases an input"  # fmt: skip
+                       for a in tensors_of(args) if isinstance(a, torch.Tensor) and a.numel()), "an output aliases an input"  # fmt: skip
 
 
 @pytest.mark.parametrize("name", NAMES)
 def test_an_op_runs_on_meta(name):
     for args in samples(name):
-        out = getattr(ops, name)(*(a.to("meta") if isinstance(a, torch.Tensor) else a for a in args))
-        assert all(t.is_meta for t in (out if isinstance(out, tuple) else (out,)))
+        out = getattr(ops, name)(*mapped(lambda t: t.to("meta"), args))
+        assert all(t.is_meta for t in tensors_of(out))
 
 
 def double(r=3, p=0.0, bias=True):
@@ -167,7 +203,7 @@ def test_philox_known_answers():
     assert philox_one_block([0x243F6A88, 0x85A308D3, 0x13198A2E, 0x03707344], [0xA4093822, 0x299F31D0]) == [0xD16CFE09, 0x94FDCCEB, 0x5001E420, 0x24126EA1]
     for seed in (0, 1, -1, 2**63 - 1, -(2**63), 0x299F31D0A4093822):
         counters = torch.tensor([0, 1, 2**31, 2**32 - 1, 2**32, 2**62])
-        words = reference._philox(counters, torch.tensor(seed))
+        words = dropout._philox(counters, torch.tensor(seed))
         key = seed & 0xFFFFFFFF, (seed >> 32) & 0xFFFFFFFF
         for c, found in zip(counters.tolist(), words.tolist(), strict=True):
             assert found == philox_one_block([c & 0xFFFFFFFF, c >> 32, 0, 0], key)

@@ -53,7 +53,7 @@ def refuses(model, error, *words):
 
 def test_signature():
     found = inspect.signature(replace_linears).parameters
-    assert list(found) == ["model", "target_modules", "exclude", "layer", "kwargs"]
+    assert list(found) == ["model", "target_modules", "exclude", "layer", "group", "kwargs"]
     assert found["target_modules"].default == "all-linear" and found["exclude"].default == ("lm_head",)
 
 

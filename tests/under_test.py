@@ -71,7 +71,7 @@ def _interpreted() -> str:
             return backends.run("dequantize", *args)
 
     name = "triton, interpreted"
-    for op in CUDA_FUNCTIONS:
+    for op in (o for o in CUDA_FUNCTIONS if backends.has(o, "triton")):
         row = backends._ROWS[op, "triton"]
         backends.implements(op, name, row.why_not, row.configure)(row.call)
     backends.implements("dequantize", name, backends._ROWS["dequantize", "triton"].why_not)(dequantize)

@@ -10,6 +10,8 @@ from .. import autograd, checks
 from ..codebook import NESTED_BLOCKSIZE
 from ..functional import dequantize_4bit, quantize_4bit
 from ..quant_state import QuantState, ceil_div
+from .entry import entered
+from .together import computed_before
 
 _WEIGHT = ("weight", "weight_absmax", "weight_nested_absmax", "weight_nested_offset")
 
@@ -134,27 +136,25 @@ class NF4Linear(nn.Linear):
         nested, offset = self.weight_nested_absmax.view(torch.float32), self.weight_nested_offset.view(torch.float32)
         return self.weight, self.weight_absmax, nested, offset
 
-    def _branch(self, x: Tensor) -> tuple[Tensor | None, Tensor | None, Tensor | None, float, float]:
-        """lora_A, lora_B, seed, scaling, dropout_p of this forward."""
-        return None, None, None, 1.0, 0.0
+    def _adapter(self) -> tuple[Tensor | None, Tensor | None, float]:
+        """lora_A, lora_B, scaling."""
+        return None, None, 1.0
+
+    def _dropout(self, x: Tensor) -> tuple[Tensor | None, float]:
+        """The seed of this forward's mask, if elements of x are to be dropped, and their probability."""
+        return None, 0.0
 
     def forward(self, x: Tensor) -> Tensor:
         """x float [..., K] -> [..., N]; dtypes as in the table of `nf4lora.nn`."""
-        if x.ndim == 0 or x.shape[-1] != self.in_features:
-            raise ValueError(f"{self}: found x of shape {tuple(x.shape)}, wanted [..., {self.in_features}]")
-        if x.dtype not in checks.float_dtypes():
-            raise TypeError(f"{self}: found x of {x.dtype}, wanted one of {checks.float_dtypes()}")
-        if self.weight.dtype != torch.uint8 or self.weight.is_meta and not x.is_meta:
-            raise RuntimeError(f"{self} holds no 4-bit weight yet: call quantize_(weight), from_linear or load_state_dict")
-        device = x.device.type
-        autocast = device != "meta" and torch.is_autocast_enabled(device)
-        compute = torch.get_autocast_dtype(device) if autocast else self.compute_dtype or x.dtype
-        lora_A, lora_B, seed, scaling, dropout_p = self._branch(x)
+        if (y := computed_before(self, x)) is not None:
+            return y
+        compute, dtype = entered(self, x)
+        (lora_A, lora_B, scaling), (seed, dropout_p) = self._adapter(), self._dropout(x)
         y = autograd.linear(
-            x.to(compute), *self._weight_args(), self.bias, lora_A, lora_B, seed,
+            compute, *self._weight_args(), self.bias, lora_A, lora_B, seed,
             self.out_features, self.blocksize, self.quant_type, scaling, dropout_p,
         )  # fmt: skip
-        return y if autocast else y.to(x.dtype)
+        return y.to(dtype)
 
     def _format(self) -> dict[str, Any]:
         """What the tensors of the state dict do not say; travels in its `_metadata`, which `torch.save` keeps."""

@@ -73,11 +73,12 @@ class NF4LoRALinear(NF4Linear):
     def scaling(self) -> float:
         return self.lora_alpha / (math.sqrt(self.r) if self.use_rslora else max(self.r, 1))
 
-    def _branch(self, x: Tensor) -> tuple[Tensor | None, Tensor | None, Tensor | None, float, float]:
-        seed = None
-        if self.r and self.lora_dropout > 0 and self.training:
-            seed = torch.randint(2**63 - 1, (1,), dtype=torch.int64, device=x.device)
-        return self.lora_A, self.lora_B, seed, self.scaling, self.lora_dropout
+    def _adapter(self) -> tuple[Tensor | None, Tensor | None, float]:
+        return self.lora_A, self.lora_B, self.scaling
+
+    def _dropout(self, x: Tensor) -> tuple[Tensor | None, float]:
+        drops = self.r and self.lora_dropout > 0 and self.training
+        return torch.randint(2**63 - 1, (1,), dtype=torch.int64, device=x.device) if drops else None, self.lora_dropout
 
     @torch.no_grad()
     def merge(self, dtype: torch.dtype | None = None) -> nn.Linear:

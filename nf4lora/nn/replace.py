@@ -8,6 +8,7 @@ import torch
 from torch import nn
 
 from ..checks import FLOATS, raise_not_finite
+from .group import group_blocks
 from .linear import NF4Linear
 from .lora import NF4LoRALinear
 
@@ -17,6 +18,7 @@ def replace_linears(
     target_modules: str | Iterable[str] = "all-linear",
     exclude: Iterable[str] = ("lm_head",),
     layer: type[NF4Linear] = NF4LoRALinear,
+    group: bool = False,
     **kwargs: Any,
 ) -> nn.Module:
     """Replace `torch.nn.Linear`s of `model` in place by `layer.from_linear(linear, **kwargs)`; other parameters stay.
@@ -25,6 +27,7 @@ def replace_linears(
         target_modules: "all-linear", or names: a module's own ("q_proj") or the end of its path ("self_attn.q_proj")
         exclude:        names that stay dense, written likewise
         layer:          `NF4LoRALinear`, or `NF4Linear` for a base without adapters
+        group:          compute q, k, v and gate, up of each block as one operation: `nf4lora.nn.group_blocks`
         kwargs:         r, lora_alpha, lora_dropout, blocksize, …: those of `layer`
     Returns: `model`
     Raises:  ValueError, before anything is changed, for names that match no linear (listing those there are), weights
@@ -48,6 +51,8 @@ def replace_linears(
     _check_weights(model, {name: linears[name] for name in chosen}, kwargs.get("dtype"))
     for name in chosen:
         model.set_submodule(name, layer.from_linear(linears.pop(name), **kwargs))
+    if group:
+        group_blocks(model)
     return model
 
 

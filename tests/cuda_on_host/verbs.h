@@ -358,6 +358,7 @@ CUDA_ON_HOST_UNSEEN bool raised(void *flag) {
 // ---- the verbs themselves: signatures and meaning as in csrc/ptx.cuh
 
 inline uint32_t load_stream(const uint32_t *p) { return *p; }
+inline uint2 load_stream(const uint2 *p) { return *p; }
 inline uint4 load_stream(const uint4 *p) { return *p; }
 inline void store_stream(uint32_t *p, uint32_t v) { *p = v; }
 inline void store_stream(uint4 *p, uint4 v) { *p = v; }

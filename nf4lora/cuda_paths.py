@@ -1,0 +1,89 @@
+"""Which path a CUDA linear takes, and its tiles: the best that takes the operands, or the one that was forced."""
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from . import backends, heuristics
+from .heuristics import CudaLinearConfig, CudaPath
+from .native import Library
+
+_PATHS = {p.name.lower(): p for p in CudaPath}
+_WIDE = 16  # bytes of the widest load
+
+
+class CudaPaths(Library):
+    """The `why_not` and `configure` of the linear's rows; a single linear and a group differ in their argument lists alone."""
+
+    def capability(self, device: torch.device) -> tuple[int, int]:
+        return torch.cuda.get_device_capability(device)
+
+    def multiprocessors(self, device: torch.device) -> int:
+        return torch.cuda.get_device_properties(device).multi_processor_count
+
+    def _unfit_path(self, path: CudaPath, first: Tensor, K: int, packed: Sequence[Tensor]) -> str | None:
+        """Why a path cannot take these operands, or None; `first`: x or dy."""
+        if path == CudaPath.DENSE:
+            return None
+        if first.dtype == torch.float32:
+            return "the tensor cores take bfloat16 and float16; float32 goes by dense"
+        if K % 64:
+            return f"found K = {K}, wanted a multiple of 64"
+        if any(t.data_ptr() % _WIDE for t in packed) or (first.is_contiguous() and first.data_ptr() % _WIDE):
+            return f"found x, dy or packed at an address that is no multiple of {_WIDE}"
+        capability = self.capability(first.device)
+        if path == CudaPath.WGMMA and capability[0] != 9:
+            return f"found a device of capability {capability}, wanted 9.0"
+        return None if capability >= (8, 0) else f"found a device of capability {capability}, wanted 8.0 or newer"
+
+    def _path(self, first: Tensor, K: int, packed: Sequence[Tensor]) -> CudaPath:
+        if (forced := backends.forced_path()) in _PATHS:
+            return _PATHS[forced]
+        best = heuristics.cuda_paths(first.shape[0], self.capability(first.device)[0] == 9)
+        return next(p for p in best if self._unfit_path(p, first, K, packed) is None)
+
+    def _forced_unfit(self, first: Tensor, K: int, packed: Sequence[Tensor]) -> str | None:
+        path = _PATHS.get(backends.forced_path() or "")
+        reason = None if path is None else self._unfit_path(path, first, K, packed)
+        return None if reason is None else f"path {backends.forced_path()}: {reason}"
+
+    def _linear_fwd_why_not(self, *args: Any) -> str | None:
+        return self.why_not(*args) or (self._forced_unfit(args[0], args[0].shape[1], as_list(args[1])) if args else None)
+
+    _group_fwd_why_not = _linear_fwd_why_not
+
+    def _linear_fwd_config(self, x: Tensor, packed: Any, *args: Any) -> CudaLinearConfig:
+        (M, K), N = x.shape, args[7]
+        total = N if isinstance(N, int) else sum(N)
+        return heuristics.cuda_linear_fwd(self._path(x, K, as_list(packed)), M, total, K, self.multiprocessors(x.device))
+
+    _group_fwd_config = _linear_fwd_config
+
+    def _linear_bwd_why_not(self, *args: Any) -> str | None:
+        return self.why_not(*args) or (self._forced_unfit(args[0], args[8], as_list(args[1])) if args else None)
+
+    def _linear_bwd_config(self, dy: Tensor, packed: Any, *args: Any) -> CudaLinearConfig:
+        (M, N), K = dy.shape, args[6]
+        return heuristics.cuda_linear_bwd(self._path(dy, K, as_list(packed)), M, N, K, self.multiprocessors(dy.device))
+
+    def _group_bwd_why_not(self, *args: Any) -> str | None:
+        return self.why_not(*args) or (self._forced_unfit(args[0], args[9], args[1]) if args else None)
+
+    def _group_bwd_config(self, dy: Tensor, packed: Any, *args: Any) -> CudaLinearConfig:
+        return self._linear_bwd_config(dy, packed, *args[:6], args[7])
+
+    def _lora_bwd_config(self, dy: Tensor, *args: Any) -> int:
+        return heuristics.cuda_lora_bwd(*dy.shape, self.multiprocessors(dy.device))
+
+    _group_lora_bwd_config = _lora_bwd_config
+
+    def _swiglu_fwd_config(self, gate_up: Tensor, *args: Any) -> int:
+        return heuristics.cuda_swiglu(gate_up.numel() // 2, self.multiprocessors(gate_up.device))
+
+    _swiglu_bwd_config = _swiglu_fwd_config
+
+
+def as_list(t: Any) -> list[Tensor]:
+    return [] if t is None else [t] if isinstance(t, Tensor) else list(t)
