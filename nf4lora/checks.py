@@ -30,7 +30,7 @@ def dequantize(packed, absmax, nested_absmax, offset, shape, blocksize, quant_ty
 def linear_fwd(
     x, packed, absmax, nested_absmax, offset, bias, lora_A, lora_B, seed, N, blocksize, quant_type, scaling, dropout_p
 ) -> None:  # fmt: skip
-    operands.matrix("x", x, None)
+    operands.matrix("x", x, None, None)
     K = x.shape[1]
     operands.weight(packed, absmax, nested_absmax, offset, N * K, blocksize, quant_type)
     operands.same_device(x, packed=packed)
@@ -43,25 +43,25 @@ def linear_fwd(
 def linear_bwd(
     dy, packed, absmax, nested_absmax, offset, lora_A, dyb, seed, K, blocksize, quant_type, dropout_p
 ) -> None:  # fmt: skip
-    operands.matrix("dy", dy, None)
+    operands.matrix("dy", dy, None, None)
     operands.weight(packed, absmax, nested_absmax, offset, dy.shape[1] * K, blocksize, quant_type)
     operands.same_device(dy, packed=packed)
     if (lora_A is None) != (dyb is None):
         raise ValueError("lora_A and dyb belong together: found one of them without the other")
     if lora_A is not None:
-        operands.matrix("lora_A", lora_A, (lora_A.shape[0], K))
-        operands.matrix("dyb", dyb, (dy.shape[0], lora_A.shape[0]), (dy.dtype,))
+        operands.matrix("lora_A", lora_A, None, K)
+        operands.matrix("dyb", dyb, dy.shape[0], lora_A.shape[0], (dy.dtype,))
         operands.same_device(dy, lora_A=lora_A, dyb=dyb)
     operands.dropout(seed, dropout_p, dy)
 
 
 def lora_bwd(dy, x, xa, lora_A, lora_B, seed, scaling, dropout_p, need_dA, need_dB) -> None:
-    operands.matrix("dy", dy, None)
-    operands.lora(lora_A, lora_B, dy.shape[1], lora_A.shape[1], dy)
+    operands.matrix("dy", dy, None, None)
+    operands.lora(lora_A, lora_B, dy.shape[1], None, dy)
     if need_dA:
-        operands.matrix("x", x, (dy.shape[0], lora_A.shape[1]), (dy.dtype,))
+        operands.matrix("x", x, dy.shape[0], lora_A.shape[1], (dy.dtype,))
     if need_dB:
-        operands.matrix("xa", xa, (dy.shape[0], lora_A.shape[0]), (dy.dtype,))
+        operands.matrix("xa", xa, dy.shape[0], lora_A.shape[0], (dy.dtype,))
     operands.same_device(dy, x=x, xa=xa)
     operands.dropout(seed, dropout_p, dy)
 
@@ -69,7 +69,7 @@ def lora_bwd(dy, x, xa, lora_A, lora_B, seed, scaling, dropout_p, need_dA, need_
 def group_fwd(
     x, packed, absmax, nested_absmax, offset, bias, lora_A, lora_B, seed, N, blocksize, quant_type, scaling, dropout_p
 ) -> None:  # fmt: skip
-    operands.matrix("x", x, None)
+    operands.matrix("x", x, None, None)
     members = operands.group(
         N, packed=packed, absmax=absmax, nested_absmax=nested_absmax, offset=offset, bias=bias, lora_A=lora_A, lora_B=lora_B,
         scaling=scaling,
@@ -82,43 +82,45 @@ def group_fwd(
 def group_bwd(
     dy, packed, absmax, nested_absmax, offset, lora_A, dyb, seed, N, K, blocksize, quant_type, dropout_p
 ) -> None:  # fmt: skip
-    operands.matrix("dy", dy, (dy.shape[0], sum(N)))
+    operands.matrix("dy", dy, None, sum(N))
     members = operands.group(N, packed=packed, absmax=absmax, nested_absmax=nested_absmax, offset=offset, lora_A=lora_A)
     for n, m in zip(N, members, strict=True):
         operands.weight(m["packed"], m["absmax"], m["nested_absmax"], m["offset"], n * K, blocksize, quant_type)
         operands.same_device(dy, packed=m["packed"])
         if m["lora_A"] is not None:
-            operands.matrix("lora_A", m["lora_A"], (m["lora_A"].shape[0], K))
+            operands.matrix("lora_A", m["lora_A"], None, K)
             operands.same_device(dy, lora_A=m["lora_A"])
     if bool(lora_A) != (dyb is not None):
         raise ValueError("lora_A and dyb belong together: found one of them without the other")
     if lora_A:
-        operands.matrix("dyb", dyb, (dy.shape[0], sum(A.shape[0] for A in lora_A)), (dy.dtype,))
+        operands.matrix("dyb", dyb, dy.shape[0], sum(A.shape[0] for A in lora_A), (dy.dtype,))
         operands.same_device(dy, dyb=dyb)
     operands.dropout(seed, dropout_p, dy)
 
 
 def group_lora_bwd(dy, x, xa, lora_A, lora_B, seed, scaling, dropout_p, need_dA, need_dB) -> None:
+    operands.matrix("dy", dy, None, None)
     operands.group(lora_A, lora_A=lora_A, lora_B=lora_B, scaling=scaling)
-    K, r = lora_A[0].shape[-1], sum(A.shape[0] for A in lora_A)
-    operands.matrix("dy", dy, (dy.shape[0], sum(B.shape[0] for B in lora_B)))
     for A, B in zip(lora_A, lora_B, strict=True):
-        operands.lora(A, B, B.shape[0], K, dy)
+        operands.lora(A, B, None, None, dy)
+        operands.matrix("lora_A", A, None, lora_A[0].shape[1])
+    K, r = lora_A[0].shape[1], sum(A.shape[0] for A in lora_A)
+    operands.matrix("dy", dy, None, sum(B.shape[0] for B in lora_B))
     if need_dA:
-        operands.matrix("x", x, (dy.shape[0], K), (dy.dtype,))
+        operands.matrix("x", x, dy.shape[0], K, (dy.dtype,))
     if need_dB:
-        operands.matrix("xa", xa, (dy.shape[0], r), (dy.dtype,))
+        operands.matrix("xa", xa, dy.shape[0], r, (dy.dtype,))
     operands.same_device(dy, x=x, xa=xa)
     operands.dropout(seed, dropout_p, dy)
 
 
 def swiglu_fwd(gate_up: Tensor) -> None:
-    operands.matrix("gate_up", gate_up, None)
+    operands.matrix("gate_up", gate_up, None, None)
     if gate_up.shape[1] % 2:
         raise ValueError(f"gate_up: found {gate_up.shape[1]} columns, wanted an even number")
 
 
 def swiglu_bwd(gate_up: Tensor, dh: Tensor) -> None:
     swiglu_fwd(gate_up)
-    operands.matrix("dh", dh, (gate_up.shape[0], gate_up.shape[1] // 2), (gate_up.dtype,))
+    operands.matrix("dh", dh, gate_up.shape[0], gate_up.shape[1] // 2, (gate_up.dtype,))
     operands.same_device(gate_up, dh=dh)

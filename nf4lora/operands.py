@@ -36,10 +36,10 @@ def tensor(name: str, t: Tensor, dtypes: tuple[torch.dtype, ...], numel: int, li
     same_device(like, **{name: t})
 
 
-def matrix(name: str, t: Tensor, shape: tuple[int, int] | None, dtypes: tuple[torch.dtype, ...] | None = None) -> None:
+def matrix(name: str, t: Tensor, rows: int | None, columns: int | None, dtypes: tuple[torch.dtype, ...] | None = None) -> None:
     dtype_in(name, t, dtypes or float_dtypes())
-    if t.ndim != 2 or (shape is not None and tuple(t.shape) != tuple(shape)):
-        wanted = "a matrix" if shape is None else f"shape {tuple(shape)}"
+    if t.ndim != 2 or rows not in (None, t.shape[0]) or columns not in (None, t.shape[1]):
+        wanted = f"a matrix of {'any' if rows is None else rows} x {'any' if columns is None else columns}"
         raise ValueError(f"{name}: found shape {tuple(t.shape)}, wanted {wanted}")
 
 
@@ -59,12 +59,12 @@ def weight(packed, absmax, nested_absmax, offset, numel: int, blocksize: int, qu
         raise ValueError(f"absmax: found {absmax.numel()} elements, wanted {ceil_div(numel, blocksize)}")
 
 
-def lora(lora_A: Tensor | None, lora_B: Tensor | None, N: int, K: int, like: Tensor) -> None:
+def lora(lora_A: Tensor | None, lora_B: Tensor | None, N: int | None, K: int | None, like: Tensor) -> None:
     if (lora_A is None) != (lora_B is None):
         raise ValueError("lora_A and lora_B belong together: found one of them without the other")
     if lora_A is not None:
-        matrix("lora_A", lora_A, (lora_A.shape[0], K))
-        matrix("lora_B", lora_B, (N, lora_A.shape[0]))
+        matrix("lora_A", lora_A, None, K)
+        matrix("lora_B", lora_B, N, lora_A.shape[0])
         same_device(like, lora_A=lora_A, lora_B=lora_B)
 
 

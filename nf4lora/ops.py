@@ -25,6 +25,9 @@ def _define(schema: str, fake: Callable[..., Any], check: Callable[..., None]) -
     name = schema[: schema.index("(")]
 
     def call(*args: Any) -> Any:
+        for i in tensors:
+            if args[i] is None:  # which torch takes for any Tensor of a schema
+                raise TypeError(f"{name}: found None for argument {i + 1}, wanted a tensor")
         check(*args)
         device = args[0].device.type
         if torch.is_autocast_enabled(device):
@@ -36,6 +39,7 @@ def _define(schema: str, fake: Callable[..., Any], check: Callable[..., None]) -
         check(*args)
         return fake(*args)
 
+    tensors = [i for i, argument in enumerate(torch._C.parse_schema(f"nf4lora::{schema}").arguments) if str(argument.type) == "Tensor"]
     _library.define(schema, tags=(torch.Tag.pt2_compliant_tag, torch.Tag.needs_fixed_stride_order))
     for key in ("CPU", "CUDA"):
         _library.impl(name, call, key)

@@ -1,0 +1,24 @@
+"""F3: the ops with random operands, right and wrong, on the CUDA kernels under AddressSanitizer. See fuzz_ops.py."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+from cuda_on_host import backend, build
+
+HERE = Path(__file__).parent
+
+
+def test_no_operands_break_the_kernels(figures):
+    build.library(backend.SOURCES, "address")  # here: the compiler is slow under a sanitizer
+    seconds = os.environ.get("NF4LORA_FUZZ_SECONDS", "60")
+    environment = os.environ | {"LD_PRELOAD": str(build.libasan()), "ASAN_OPTIONS": "detect_leaks=0", "PYTHONPATH": str(HERE)}
+    command = [sys.executable, "-m", "fuzz_ops", "--seconds", seconds, "--first", "0"]
+    done = subprocess.run(command, env=environment, cwd=HERE, capture_output=True, text=True, timeout=600, check=False)
+    assert done.returncode == 0, (done.stderr.split()[-1:], done.stdout[-3000:], done.stderr[-3000:])
+    counts = json.loads(done.stdout.splitlines()[-1])
+    for outcome, number in counts.items():
+        figures[f"F3: ops with random operands under AddressSanitizer, {outcome}"] += number
+    assert counts["equal"] > 100 and counts["refused"] > 100
