@@ -9,6 +9,7 @@ from torch import Tensor
 from . import backends, heuristics
 from .heuristics import CudaLinearConfig, CudaPath
 from .native import Library
+from .tuned import tuned
 
 _PATHS = {p.name.lower(): p for p in CudaPath}
 _WIDE = 16  # bytes of the widest load
@@ -38,11 +39,19 @@ class CudaPaths(Library):
             return f"found a device of capability {capability}, wanted 9.0"
         return None if capability >= (8, 0) else f"found a device of capability {capability}, wanted 8.0 or newer"
 
-    def _path(self, first: Tensor, K: int, packed: Sequence[Tensor]) -> CudaPath:
+    def _choose(self, op: str, first: Tensor, N: int, K: int, packed: Sequence[Tensor]) -> CudaLinearConfig:
+        """The config of the forced path; else the one measured for these sizes; else the one calculated."""
+        calculated = getattr(heuristics, f"cuda_{op}")
+        M, capability, multiprocessors = first.shape[0], self.capability(first.device), self.multiprocessors(first.device)
+        measured = tuned(op, capability, M, N, K)
         if (forced := backends.forced_path()) in _PATHS:
-            return _PATHS[forced]
-        best = heuristics.cuda_paths(first.shape[0], self.capability(first.device)[0] == 9)
-        return next(p for p in best if self._unfit_path(p, first, K, packed) is None)
+            path = _PATHS[forced]
+            return measured if measured and measured.path == path else calculated(path, M, N, K, multiprocessors)
+        if measured and self._unfit_path(measured.path, first, K, packed) is None:
+            return measured
+        best = heuristics.cuda_paths(M, capability[0] == 9)
+        path = next(p for p in best if self._unfit_path(p, first, K, packed) is None)
+        return calculated(path, M, N, K, multiprocessors)
 
     def _forced_unfit(self, first: Tensor, K: int, packed: Sequence[Tensor]) -> str | None:
         path = _PATHS.get(backends.forced_path() or "")
@@ -55,9 +64,8 @@ class CudaPaths(Library):
     _group_fwd_why_not = _linear_fwd_why_not
 
     def _linear_fwd_config(self, x: Tensor, packed: Any, *args: Any) -> CudaLinearConfig:
-        (M, K), N = x.shape, args[7]
-        total = N if isinstance(N, int) else sum(N)
-        return heuristics.cuda_linear_fwd(self._path(x, K, as_list(packed)), M, total, K, self.multiprocessors(x.device))
+        K, N = x.shape[1], args[7]
+        return self._choose("linear_fwd", x, N if isinstance(N, int) else sum(N), K, as_list(packed))
 
     _group_fwd_config = _linear_fwd_config
 
@@ -65,8 +73,7 @@ class CudaPaths(Library):
         return self.why_not(*args) or (self._forced_unfit(args[0], args[8], as_list(args[1])) if args else None)
 
     def _linear_bwd_config(self, dy: Tensor, packed: Any, *args: Any) -> CudaLinearConfig:
-        (M, N), K = dy.shape, args[6]
-        return heuristics.cuda_linear_bwd(self._path(dy, K, as_list(packed)), M, N, K, self.multiprocessors(dy.device))
+        return self._choose("linear_bwd", dy, dy.shape[1], args[6], as_list(packed))
 
     def _group_bwd_why_not(self, *args: Any) -> str | None:
         return self.why_not(*args) or (self._forced_unfit(args[0], args[9], args[1]) if args else None)
