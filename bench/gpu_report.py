@@ -27,7 +27,9 @@ from .files import load, write
 
 ROOT = Path(__file__).parents[1]
 PYTHON = "python"  # stands for the interpreter that runs this
-TESTS = ("test_quantize.py", "test_dequantize.py", "test_cuda.py", "test_triton*.py")
+TESTS = (
+    "test_linear_paths.py", "test_training_backends.py", "test_quantize.py", "test_dequantize.py", "test_cuda.py", "test_triton*.py",
+)  # fmt: skip
 WITH_BITSANDBYTES = ("test_bitsandbytes.py",)
 ON_GPU = "(cuda or triton) and not cuda_on_host"
 BACKENDS = ("cuda", "triton")
@@ -82,16 +84,18 @@ def steps(out: Path, site: Path, peers: Path | None = None) -> list[Step]:
     watched = ("--report-api-errors", "no", "--error-exitcode", "9", PYTHON, "-m", "bench.sanitize", *BACKENDS)
     uncached = (("PYTORCH_NO_CUDA_MEMORY_CACHING", "1"),)
     return [
-        Step("environment", (("nvidia-smi",), ("nvcc", "--version"), (PYTHON, "-m", "pip", "list")), 12, gate=False),
-        Step("build", ((PYTHON, *install.split(), str(site), str(ROOT)), (PYTHON, "-c", loads)), 95),
+        Step("environment", (("nvidia-smi",), ("nvcc", "--version"), (PYTHON, "-m", "pip", "list")), 8, gate=False),
+        Step("build", ((PYTHON, *install.split(), str(site), str(ROOT)), (PYTHON, "-c", loads)), 110),
         Step("machine", ((PYTHON, "-m", "bench.environment"),), 10, gate=False),
-        Step("tests", ((PYTHON, *pytest),), 130),
-        Step("bench_quantize", ((PYTHON, "-m", "bench.bench_quantize", "--device", "cuda", "--out", str(out)),), 90),
-        Step("puzzle", ((PYTHON, "-m", "bench.puzzle", "--out", str(out)),), 40),
-        Step("selftest", ((PYTHON, "-m", "nf4lora.selftest", *BACKENDS),), 25),
-        *(Step(t, (("compute-sanitizer", "--tool", t, *watched),), 22, environment=uncached) for t in SANITIZERS),
-        Step("golden vectors", ((PYTHON, "-m", "cuda_on_host.golden", str(out / "golden.npz")),), 25, gate=False),
-        Step("doctor", ((PYTHON, "-m", "nf4lora.cli", "doctor"),), 15, gate=False),
+        Step("tests", ((PYTHON, *pytest),), 120),
+        Step("bench_linear", ((PYTHON, "-m", "bench.bench_linear", "--device", "cuda", "--out", str(out)),), 85),
+        Step("bench_quantize", ((PYTHON, "-m", "bench.bench_quantize", "--device", "cuda", "--out", str(out)),), 45),
+        Step("puzzle", ((PYTHON, "-m", "bench.puzzle", "--out", str(out)),), 20),
+        Step("selftest", ((PYTHON, "-m", "nf4lora.selftest", *BACKENDS),), 15),
+        *(Step(t, (("compute-sanitizer", "--tool", t, *watched),), 12, environment=uncached) for t in SANITIZERS),
+        Step("golden vectors", ((PYTHON, "-m", "cuda_on_host.golden", str(out / "golden.npz")),), 20, gate=False),
+        Step("tune", ((PYTHON, "-m", "bench.tune", "--minutes", "0.5", "--out", str(out)),), 40, gate=False),
+        Step("doctor", ((PYTHON, "-m", "nf4lora.cli", "doctor"),), 8, gate=False),
     ]  # fmt: skip
 
 

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from nf4lora import backends, ops
+from nf4lora.cases import exact_case
 
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 SHAPES = ((1,), (63,), (4097,), (70, 33), (130, 256))
@@ -31,7 +32,24 @@ def quantize_dequantize(device: str) -> Iterator[tuple[Tensor, ...]]:
             yield packed, absmax, codes, nested, plain, double
 
 
-OPS: tuple[Callable[[str], Iterator[tuple[Tensor, ...]]], ...] = (quantize_dequantize,)
+def linears(device: str) -> Iterator[tuple[Tensor, ...]]:
+    """Forward and backward on each path, with tails; operands for which every order of summation is exact."""
+    backend = backends.forced()
+    for path in ("tiled", "dense") if backend == "triton" else ("small", "mma", "wgmma", "dense"):
+        if path == "wgmma" and device == "cuda" and torch.cuda.get_device_capability()[0] != 9:
+            continue
+        for M, N, K, r in ((3, 97, 128, 5), (70, 130, 192, 17)):  # where dense rounds once too
+            case = exact_case(M, N, K, r, torch.bfloat16, nested=True, device=device)
+            state = case.state
+            weight = case.packed, state.absmax, state.nested_absmax, state.offset.reshape(1)
+            with backends.use_backend(backend, path):
+                y, xa = ops.linear_fwd(case.x, *weight, case.bias, case.lora_A, case.lora_B, None, N, 64, "nf4", case.scaling, 0.0)
+                lora = ops.lora_bwd(case.dy, case.x, xa, case.lora_A, case.lora_B, None, case.scaling, 0.0, True, True)
+                dx = ops.linear_bwd(case.dy, *weight, case.lora_A, lora[0], None, K, 64, "nf4", 0.0)
+            yield y, xa, *lora, dx
+
+
+OPS: tuple[Callable[[str], Iterator[tuple[Tensor, ...]]], ...] = (quantize_dequantize, linears)
 
 
 def check(backend: str, device: str) -> tuple[int, int]:

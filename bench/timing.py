@@ -36,7 +36,7 @@ class Contender:
 
     calls: each does the work once, on buffers of its own, and returns what it wrote. A CPU runs the first; a GPU goes
         round them, so that no call finds its operands in the cache (`cold_sets` says how many that takes)
-    backend: the back end of ours that is forced meanwhile
+    backend, path: the back end of ours that is forced meanwhile, and its path of the linear
     ours: its result must pass the case's gate before any of its times is told
     ceiling: it moves the bytes and does nothing else
     bytes_moved: where it moves other bytes than the case
@@ -47,9 +47,10 @@ class Contender:
     ours: bool = False
     ceiling: bool = False
     bytes_moved: int | None = None
+    path: str | None = None
 
     def forced(self) -> AbstractContextManager[None]:
-        return backends.use_backend(self.backend) if self.backend else nullcontext()
+        return backends.use_backend(self.backend, self.path) if self.backend else nullcontext()
 
 
 class Sample(Protocol):

@@ -134,7 +134,7 @@ struct CudaConfig {
     int32_t path;    // CudaPath
     int32_t tokens;  // of M a tile covers; a multiple of 8
     int32_t rows;    // of the weight (forward), or columns (backward), a tile covers
-    int32_t split;   // parts the reduction is cut into, summed in order
+    int32_t split;   // parts the reduction is cut into, summed in order; DENSE: thread blocks that decode
 };
 
 struct Member {

@@ -77,6 +77,12 @@ NF4LORA_DEVICE uint32_t load_stream(const uint32_t *p) {
     return v;
 }
 
+NF4LORA_DEVICE uint2 load_stream(const uint2 *p) {
+    uint2 v;
+    asm volatile("ld.global.nc.L1::no_allocate.v2.u32 {%0, %1}, [%2];" : "=r"(v.x), "=r"(v.y) : "l"(p));
+    return v;
+}
+
 NF4LORA_DEVICE uint4 load_stream(const uint4 *p) {
     uint4 v;
     asm volatile("ld.global.nc.L1::no_allocate.v4.u32 {%0, %1, %2, %3}, [%4];"
@@ -84,6 +90,9 @@ NF4LORA_DEVICE uint4 load_stream(const uint4 *p) {
                  : "l"(p));
     return v;
 }
+
+// Brings the 128-byte line of p to L2. The address need not be one of an allocation.
+NF4LORA_DEVICE void prefetch_l2(const void *p) { asm volatile("prefetch.global.L2 [%0];" ::"l"(p)); }
 
 // Stores first to be evicted from L2: for results larger than it, read by a later kernel if at all.
 NF4LORA_DEVICE void store_stream(uint32_t *p, uint32_t v) {
@@ -122,6 +131,12 @@ NF4LORA_DEVICE void wait_acquire(const uint32_t *p, uint32_t v) {
 }
 
 // ---- arithmetic
+
+// v, which the compiler then keeps in a register: what it is made of it cannot see, so cannot work out again in a loop.
+NF4LORA_DEVICE int pinned(int v) {
+    asm volatile("" : "+r"(v));
+    return v;
+}
 
 // 1 / v within one ulp, v normal; one Newton step rounds it correctly.
 NF4LORA_DEVICE float reciprocal_approx(float v) {
@@ -313,6 +328,18 @@ NF4LORA_DEVICE void bulk_copy(void *shared, const void *global, uint32_t bytes, 
 
 // ---- warpgroup products, sm_90a only: four warps (the first a multiple of 4) run them together
 
+// Registers a thread of this warpgroup may use from here on, a multiple of 8: some give away what others then take. All
+// its warps call; those that take wait until there is enough.
+template <int kRegisters>
+NF4LORA_DEVICE void give_registers() {
+    NF4LORA_ASM_SM90A("setmaxnreg.dec.sync.aligned.u32 %0;" ::"n"(kRegisters));
+}
+
+template <int kRegisters>
+NF4LORA_DEVICE void take_registers() {
+    NF4LORA_ASM_SM90A("setmaxnreg.inc.sync.aligned.u32 %0;" ::"n"(kRegisters));
+}
+
 // Before the first product of a warpgroup, and again once its registers d have been touched by anything else.
 template <int kCount>
 NF4LORA_DEVICE void wgmma_fence(float (&d)[kCount]) {
@@ -354,10 +381,20 @@ NF4LORA_DEVICE uint64_t wgmma_descriptor(const void *tile) {
     "%16, %17, %18, %19, %20, %21, %22, %23, %24, %25, %26, %27, %28, %29, %30, %31, " \
     "%32, %33, %34, %35, %36, %37, %38, %39, %40, %41, %42, %43, %44, %45, %46, %47, " \
     "%48, %49, %50, %51, %52, %53, %54, %55, %56, %57, %58, %59, %60, %61, %62, %63}"
+#define NF4LORA_R128 \
+    "{%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, " \
+    "%16, %17, %18, %19, %20, %21, %22, %23, %24, %25, %26, %27, %28, %29, %30, %31, " \
+    "%32, %33, %34, %35, %36, %37, %38, %39, %40, %41, %42, %43, %44, %45, %46, %47, " \
+    "%48, %49, %50, %51, %52, %53, %54, %55, %56, %57, %58, %59, %60, %61, %62, %63, " \
+    "%64, %65, %66, %67, %68, %69, %70, %71, %72, %73, %74, %75, %76, %77, %78, %79, " \
+    "%80, %81, %82, %83, %84, %85, %86, %87, %88, %89, %90, %91, %92, %93, %94, %95, " \
+    "%96, %97, %98, %99, %100, %101, %102, %103, %104, %105, %106, %107, %108, %109, %110, %111, " \
+    "%112, %113, %114, %115, %116, %117, %118, %119, %120, %121, %122, %123, %124, %125, %126, %127}"
 #define NF4LORA_D4(i) "+f"(d[i]), "+f"(d[i + 1]), "+f"(d[i + 2]), "+f"(d[i + 3])
 #define NF4LORA_D16(i) NF4LORA_D4(i), NF4LORA_D4(i + 4), NF4LORA_D4(i + 8), NF4LORA_D4(i + 12)
 #define NF4LORA_D32 NF4LORA_D16(0), NF4LORA_D16(16)
 #define NF4LORA_D64 NF4LORA_D32, NF4LORA_D16(32), NF4LORA_D16(48)
+#define NF4LORA_D128 NF4LORA_D64, NF4LORA_D16(64), NF4LORA_D16(80), NF4LORA_D16(96), NF4LORA_D16(112)
 #define NF4LORA_WGMMA_OF(type, shape, operands, accumulate, transposed, ...)                               \
     NF4LORA_ASM_SM90A("{\n.reg .pred p;\nsetp.ne.b32 p, " accumulate ", 0;\n"                             \
                       "wgmma.mma_async.sync.aligned." shape ".f32." type "." type " " operands             \
@@ -394,12 +431,20 @@ NF4LORA_DEVICE void wgmma_m64n128k16(float (&d)[64], const uint32_t (&a)[4], uin
                   : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b), "r"(static_cast<int>(accumulate)));
 }
 
+template <class T>
+NF4LORA_DEVICE void wgmma_m64n256k16(float (&d)[128], const uint32_t (&a)[4], uint64_t b, bool accumulate = true) {
+    NF4LORA_WGMMA("m64n256k16", NF4LORA_R128 ", {%128, %129, %130, %131}, %132", "%133", "0", NF4LORA_D128
+                  : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b), "r"(static_cast<int>(accumulate)));
+}
+
 #undef NF4LORA_R32
 #undef NF4LORA_R64
+#undef NF4LORA_R128
 #undef NF4LORA_D4
 #undef NF4LORA_D16
 #undef NF4LORA_D32
 #undef NF4LORA_D64
+#undef NF4LORA_D128
 #undef NF4LORA_WGMMA
 #undef NF4LORA_WGMMA_OF
 #undef NF4LORA_ASM_SM80

@@ -182,4 +182,103 @@ NF4LORA_DEVICE bool comes_last(uint32_t *counter, uint32_t parts, uint32_t *word
     return *word + 1 == parts;
 }
 
+// ---- 16 bytes of T at a time: how they are made of fp32 values and taken apart, and the packed codes of as many weights
+
+template <class T>
+NF4LORA_DEVICE float2 unpack_pair(uint32_t pair);  // the lower half first
+template <>
+NF4LORA_DEVICE float2 unpack_pair<__nv_bfloat16>(uint32_t pair) {
+    return make_float2(__uint_as_float(pair << 16), __uint_as_float(pair & 0xffff0000u));
+}
+template <>
+NF4LORA_DEVICE float2 unpack_pair<__half>(uint32_t pair) {
+    return make_float2(__half2float(__ushort_as_half(static_cast<unsigned short>(pair))),
+                       __half2float(__ushort_as_half(static_cast<unsigned short>(pair >> 16))));
+}
+
+template <class T>
+struct Wide {
+    static constexpr int kCount = 8;
+    typedef uint32_t Codes;
+    static NF4LORA_DEVICE Codes load_codes(const Codes *p) { return load_stream(p); }
+    static NF4LORA_DEVICE uint4 pack(const float (&v)[kCount]) {
+        return make_uint4(round_pair<T>(v[0], v[1]), round_pair<T>(v[2], v[3]), round_pair<T>(v[4], v[5]),
+                          round_pair<T>(v[6], v[7]));
+    }
+    static NF4LORA_DEVICE void unpack(uint4 bits, float (&v)[kCount]) {
+        const uint32_t pairs[] = {bits.x, bits.y, bits.z, bits.w};
+#pragma unroll
+        for (int i = 0; i < kCount / 2; ++i) {
+            const float2 values = unpack_pair<T>(pairs[i]);
+            v[2 * i] = values.x, v[2 * i + 1] = values.y;
+        }
+    }
+};
+
+template <>
+struct Wide<float> {
+    static constexpr int kCount = 4;
+    typedef uint16_t Codes;
+    static NF4LORA_DEVICE Codes load_codes(const Codes *p) { return *p; }
+    static NF4LORA_DEVICE uint4 pack(const float (&v)[kCount]) {
+        return make_uint4(__float_as_uint(v[0]), __float_as_uint(v[1]), __float_as_uint(v[2]), __float_as_uint(v[3]));
+    }
+    static NF4LORA_DEVICE void unpack(uint4 bits, float (&v)[kCount]) {
+        v[0] = __uint_as_float(bits.x), v[1] = __uint_as_float(bits.y);
+        v[2] = __uint_as_float(bits.z), v[3] = __uint_as_float(bits.w);
+    }
+};
+
+// ---- decoding with a small table: row c holds the value of code c, 4 bytes a lane
+
+constexpr size_t kCodeTableBytes = kCodes * kTableRow;
+
+// The upper halves of the rows are never touched.
+NF4LORA_DEVICE void fill_codes(char *table, int32_t quant_type) {
+    const Codebook &book = kBooks[quant_type];
+    for (unsigned i = threadIdx.x; i < kCodes * kLanes; i += blockDim.x)
+        *reinterpret_cast<float *>(table + i / kLanes * kTableRow + i % kLanes * sizeof(float)) = book.value[i / kLanes];
+}
+
+// The 16 bytes of the weights of `codes`: each code * absmax in fp32, rounded to T.
+template <class T>
+NF4LORA_DEVICE uint4 decode_wide(const char *table, typename Wide<T>::Codes codes, float absmax) {
+    const uint32_t column = threadIdx.x % kLanes * sizeof(float);
+    const uint32_t even = codes >> 4 & 0x0f0f0f0fu, odd = codes & 0x0f0f0f0fu;
+    float v[Wide<T>::kCount];
+#pragma unroll
+    for (int i = 0; i < Wide<T>::kCount; ++i) {
+        const uint32_t offset = table_offset(i % 2 ? odd : even, column, byte_selector(i / 2));
+        v[i] = __fmul_rn(*reinterpret_cast<const float *>(table + offset), absmax);
+    }
+    return Wide<T>::pack(v);
+}
+
+// Copies of the dynamic map for kernels that decode an absmax a lane, so that few of a warp's lanes meet in a bank:
+// entry c of the copy of lane l is map[c * kMapCopies + l % kMapCopies].
+constexpr int kMapCopies = 8;
+constexpr size_t kMapCopiesBytes = kDynamicCodes * kMapCopies * sizeof(float);
+
+NF4LORA_DEVICE void fill_map_copies(float *map) {
+    for (unsigned i = threadIdx.x; i < kDynamicCodes * kMapCopies; i += blockDim.x)
+        map[i] = kDynamicMap.value[i / kMapCopies];
+}
+
+// ---- division by what only the launch knows
+
+// n / d by one multiplication, for n < 2^31 and 2 <= d < 2^31. Source: Granlund and Montgomery, PLDI 1994.
+struct Divisor {
+    uint32_t multiplier, shift;
+
+    NF4LORA_DEVICE uint32_t quotient(uint32_t n) const { return __umulhi(n, multiplier) >> shift; }
+};
+
+constexpr int64_t kMostDivided = int64_t{1} << 31;
+
+static inline Divisor divisor_of(int64_t d) {
+    const int bits = log2_of(d);
+    return {static_cast<uint32_t>((uint64_t{1} << (31 + bits)) / static_cast<uint64_t>(d) + 1),
+            static_cast<uint32_t>(bits - 1)};
+}
+
 }  // namespace nf4lora

@@ -80,6 +80,7 @@ _CPU_BACKWARD = (
 # Thread blocks resident on a multiprocessor (2048 threads, 256 to a block), and weights a block takes at a time, as in
 # csrc/cuda/quantize.cu and dequantize.cu; source: calculated.
 CUDA_BLOCKS_PER_SM = 8
+CUDA_DECODE_BLOCKS_PER_SM = 5  # 48 registers a thread: csrc/cuda/decode_group.cu
 CUDA_QUANTIZE_TILE = 2048
 CUDA_DEQUANTIZE_TILE = 8192
 
@@ -89,9 +90,9 @@ def cuda_quantize(numel: int, multiprocessors: int) -> int:
     return max(1, min(-(-numel // CUDA_QUANTIZE_TILE), CUDA_BLOCKS_PER_SM * multiprocessors))
 
 
-def cuda_dequantize(numel: int, multiprocessors: int) -> int:
+def cuda_dequantize(numel: int, multiprocessors: int, resident: int = CUDA_BLOCKS_PER_SM) -> int:
     """Thread blocks to dequantize numel weights: those that fit the device at once, but none without work."""
-    return max(1, min(-(-numel // CUDA_DEQUANTIZE_TILE), CUDA_BLOCKS_PER_SM * multiprocessors))
+    return max(1, min(-(-numel // CUDA_DEQUANTIZE_TILE), resident * multiprocessors))
 
 
 # From so many tokens on, decoding the weight to memory and the library's product are faster; source: calculated.
@@ -110,7 +111,7 @@ def cuda_paths(M: int, hopper: bool) -> tuple[CudaPath, ...]:
 def cuda_linear_fwd(path: CudaPath, M: int, N: int, K: int, multiprocessors: int) -> CudaLinearConfig:
     """Tiles of the forward on a path. Source: calculated."""
     if path == CudaPath.DENSE:
-        return CudaLinearConfig(path)
+        return CudaLinearConfig(path, split=cuda_dequantize(N * K, multiprocessors, CUDA_DECODE_BLOCKS_PER_SM))
     if path == CudaPath.SMALL:
         tokens, rows = next(t for t in (8, 16, 32, 64) if M <= t or t == 64), 16
     else:
@@ -121,7 +122,7 @@ def cuda_linear_fwd(path: CudaPath, M: int, N: int, K: int, multiprocessors: int
 def cuda_linear_bwd(path: CudaPath, M: int, N: int, K: int, multiprocessors: int) -> CudaLinearConfig:
     """Tiles of dx on a path. Source: calculated."""
     if path == CudaPath.DENSE:
-        return CudaLinearConfig(path)
+        return CudaLinearConfig(path, split=cuda_dequantize(N * K, multiprocessors, CUDA_DECODE_BLOCKS_PER_SM))
     tokens = next((t for t in (16, 32, 64) if M <= t), 64)
     return CudaLinearConfig(path, tokens, 256, _split(-(-M // tokens) * -(-K // 256), N // 64, multiprocessors))
 
@@ -196,83 +197,3 @@ def triton_dequantize(numel: int) -> TritonConfig:
 def triton_quantize_absmax() -> TritonConfig:
     """One nested block a program: there is one for each 16,384 weights. Source: calculated."""
     return TritonConfig(256, 2)
-
-
-class TritonPath(IntEnum):
-    """TILED decodes the weight inside the product, DENSE to memory first."""
-
-    TILED = 0
-    DENSE = 1
-
-
-@dataclass(frozen=True)
-class TritonTile:
-    """One program of a Triton product: rows and columns of the output it makes, steps of the sum it takes at a time.
-
-    split: parts of the sum, each a program's. Where a dimension is the whole rank of LoRA, cols or rows says nothing.
-    """
-
-    rows: int
-    cols: int
-    steps: int
-    split: int = 1
-    warps: int = 4
-    stages: int = 3
-
-
-@dataclass(frozen=True)
-class TritonLinearConfig:
-    """product: of y or dx; lora: of xa, in the forward."""
-
-    path: TritonPath
-    product: TritonTile
-    lora: TritonTile | None = None
-
-
-@dataclass(frozen=True)
-class TritonLoraConfig:
-    """dy: the pass over dy that makes dyb and dB; x: the pass over x that makes dA."""
-
-    dy: TritonTile
-    x: TritonTile
-
-
-def triton_path(M: int) -> TritonPath:
-    """Where decoding the weight again for each 128 tokens costs more than keeping it. Source: calculated."""
-    return TritonPath.DENSE if M >= CUDA_DENSE_TOKENS else TritonPath.TILED
-
-
-def triton_linear_fwd(path: TritonPath, M: int, N: int, K: int, r: int, multiprocessors: int) -> TritonLinearConfig:
-    """Few tokens: narrow tiles and parts of K, to keep the device busy; many: what feeds the tensor cores. Source: calculated."""
-    rows, cols, warps = _triton_tile(M)
-    split = _split(-(-M // rows) * -(-N // cols), K // 64, multiprocessors)
-    return TritonLinearConfig(path, TritonTile(rows, cols, 64, split, warps), _triton_rank_tile(M, K, r, multiprocessors))
-
-
-def triton_linear_bwd(path: TritonPath, M: int, N: int, K: int, multiprocessors: int) -> TritonLinearConfig:
-    """As the forward's, the sums over N. Source: calculated."""
-    rows, cols, warps = _triton_tile(M)
-    return TritonLinearConfig(path, TritonTile(rows, cols, 64, _split(-(-M // rows) * -(-K // cols), N // 64, multiprocessors), warps))
-
-
-def triton_lora_bwd(M: int, N: int, K: int, r: int, multiprocessors: int) -> TritonLoraConfig:
-    """dy: as many tokens a program as registers allow, as each block of tokens writes a dB. Source: calculated."""
-    wide = r > 64
-    rows = min(_tokens(M), 64 if wide else 128)
-    dy = TritonTile(rows, 0, 32 if wide else 64, _split(-(-M // rows), N // 64, multiprocessors), 8 if wide else 4, 2)
-    x = TritonTile(0, 32 if wide else 64, 64, _split(-(-K // (32 if wide else 64)), M // 64, multiprocessors), 8 if wide else 4, 2)
-    return TritonLoraConfig(dy, x)
-
-
-def _triton_rank_tile(M: int, K: int, r: int, multiprocessors: int) -> TritonTile:
-    wide, rows = r > 64, min(_tokens(M), 64)
-    return TritonTile(rows, 0, 32 if wide else 64, _split(-(-M // rows), K // 64, multiprocessors), 8 if wide else 4, 2)
-
-
-def _triton_tile(M: int) -> tuple[int, int, int]:
-    rows = _tokens(M)
-    return (rows, 64, 4) if rows <= 64 else (rows, 128, 8)
-
-
-def _tokens(M: int) -> int:
-    return next((t for t in (16, 32, 64) if M <= t), 128)

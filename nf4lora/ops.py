@@ -13,7 +13,8 @@ from . import group_rows as group_rows  # enters the "cpu" rows of groups
 from . import native as native  # enters the rows of the "cpu" back end
 from . import native_cuda as native_cuda  # of "cuda"
 from . import reference
-from . import triton_rows as triton_rows  # of "triton"
+from . import triton_linear as triton_linear  # of "triton"
+from . import triton_rows as triton_rows
 from .codebook import NESTED_BLOCKSIZE
 from .quant_state import ceil_div
 

@@ -7,10 +7,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from . import backends, heuristics, triton_rows
-from .heuristics import TritonLinearConfig, TritonLoraConfig, TritonPath
+from . import backends, triton_rows, triton_tiles
+from .triton_tiles import TritonLinearConfig, TritonLoraConfig, TritonPath
 
 _PATHS = {p.name.lower(): p for p in TritonPath}
+_OLDEST_TENSOR_CORES = (8, 0)  # for which Triton has instructions
 
 
 @cache
@@ -22,31 +23,30 @@ def kernels() -> tuple[ModuleType, ModuleType, ModuleType]:
 
 
 def why_not(*args: Any) -> str | None:
-    """Why Triton cannot run the linear on these arguments, or None; `triton_rows` knows the device and the dtype."""
+    """Why Triton cannot run the linear on these arguments, or None; of device and dtype `triton_rows` knows."""
     if reason := triton_rows.why_not(*args):
         return reason
     forced = backends.forced_path()
     if forced is not None and forced not in _PATHS:
-        return f"path {forced}: wanted one of {tuple(_PATHS)}"
-    if not args or forced != "tiled":
-        return None
-    return _not_tiled(args[0])
+        return f"has no path {forced}: wanted one of {tuple(_PATHS)}"
+    reason = _no_tensor_cores(args[0]) if args and forced == "tiled" else None
+    return None if reason is None else f"path tiled: {reason}"
 
 
-def _not_tiled(first: Tensor) -> str | None:
-    """first: x or dy."""
+def _no_tensor_cores(first: Tensor) -> str | None:
+    """Why torch has to do the products with `first`, x or dy, or None."""
     if first.dtype == torch.float32:
-        return "path tiled: the tensor cores take bfloat16 and float16; float32 goes by dense"
-    if not triton_rows.interpreted() and first.dtype == torch.bfloat16:
-        capability = torch.cuda.get_device_capability(first.device)
-        return None if capability >= (8, 0) else f"path tiled: found a device of capability {capability}, wanted 8.0 or newer"
-    return None
+        return "the tensor cores take bfloat16 and float16; float32 goes by dense"
+    if triton_rows.interpreted():
+        return None
+    capability = torch.cuda.get_device_capability(first.device)
+    return None if capability >= _OLDEST_TENSOR_CORES else f"found a device of capability {capability}, wanted 8.0 or newer"
 
 
 def _path(first: Tensor) -> TritonPath:
     if (forced := backends.forced_path()) in _PATHS:
         return _PATHS[forced]
-    return heuristics.triton_path(first.shape[0]) if _not_tiled(first) is None else TritonPath.DENSE
+    return triton_tiles.path(first.shape[0]) if _no_tensor_cores(first) is None else TritonPath.DENSE
 
 
 def _multiprocessors(device: torch.device) -> int:
@@ -54,22 +54,50 @@ def _multiprocessors(device: torch.device) -> int:
     return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 1
 
 
-def _linear_fwd_config(x: Tensor, *args: Any) -> TritonLinearConfig:
-    lora_A, N = args[5], args[8]
-    r = 0 if lora_A is None else lora_A.shape[0]
-    return heuristics.triton_linear_fwd(_path(x), x.shape[0], N, x.shape[1], r, _multiprocessors(x.device))
+# ---- a linear and a group differ in that an operand of the one is a list in the other
 
 
-def _linear_bwd_config(dy: Tensor, *args: Any) -> TritonLinearConfig:
-    return heuristics.triton_linear_bwd(_path(dy), *dy.shape, args[7], _multiprocessors(dy.device))
+def _list(t: Any) -> list[Any]:
+    return [] if t is None else t if isinstance(t, list) else [t]
 
 
-def _lora_bwd_config(dy: Tensor, x: Tensor, xa: Tensor, lora_A: Tensor, *args: Any) -> TritonLoraConfig:
-    r, K = lora_A.shape
-    return heuristics.triton_lora_bwd(*dy.shape, K, r, _multiprocessors(dy.device))
+def _span(packed: Any, K: int, blocksize: int) -> int:
+    return min(triton_tiles.span(K, blocksize, p.data_ptr()) for p in _list(packed))
 
 
-@backends.implements("linear_fwd", "triton", why_not, _linear_fwd_config)
+def _fwd_config(x: Tensor, packed: Any, *args: Any) -> TritonLinearConfig:
+    (M, K), A, N, blocksize, processors = x.shape, _list(args[4]), max(_list(args[7])), args[8], _multiprocessors(x.device)
+    path, xa = _path(x), None
+    if A and _no_tensor_cores(x) is None:
+        xa = triton_tiles.xa(M, K, sum(a.shape[0] for a in A), processors)
+    if path == TritonPath.DENSE:
+        return TritonLinearConfig(path, None, xa)
+    return TritonLinearConfig(path, triton_tiles.linear_fwd(M, N, K, _span(packed, K, blocksize), processors), xa)
+
+
+def _linear_bwd_config(dy: Tensor, packed: Tensor, *args: Any) -> TritonLinearConfig:
+    return _bwd_config(dy, packed, dy.shape[1], *args[6:8])
+
+
+def _group_bwd_config(dy: Tensor, packed: list[Tensor], *args: Any) -> TritonLinearConfig:
+    return _bwd_config(dy, packed, max(args[6]), *args[7:9])
+
+
+def _bwd_config(dy: Tensor, packed: Any, N: int, K: int, blocksize: int) -> TritonLinearConfig:
+    if (path := _path(dy)) == TritonPath.DENSE:
+        return TritonLinearConfig(path, None)
+    span = _span(packed, K, blocksize)
+    return TritonLinearConfig(path, triton_tiles.linear_bwd(dy.shape[0], N, K, span, _multiprocessors(dy.device)))
+
+
+def _lora_bwd_config(dy: Tensor, x: Tensor, xa: Tensor, lora_A: Any, *args: Any) -> TritonLoraConfig | None:
+    A = _list(lora_A)
+    if _no_tensor_cores(dy):
+        return None
+    return triton_tiles.lora_bwd(*dy.shape, A[0].shape[1], sum(a.shape[0] for a in A), _multiprocessors(dy.device))
+
+
+@backends.implements("linear_fwd", "triton", why_not, _fwd_config)
 def linear_fwd(*args: Any) -> tuple[Tensor, Tensor]:
     return kernels()[0].linear_fwd(*args)
 
@@ -82,3 +110,18 @@ def linear_bwd(*args: Any) -> Tensor:
 @backends.implements("lora_bwd", "triton", why_not, _lora_bwd_config)
 def lora_bwd(*args: Any) -> tuple[Tensor, Tensor, Tensor]:
     return kernels()[2].lora_bwd(*args)
+
+
+@backends.implements("group_fwd", "triton", why_not, _fwd_config)
+def group_fwd(*args: Any) -> tuple[Tensor, Tensor]:
+    return kernels()[0].group_fwd(*args)
+
+
+@backends.implements("group_bwd", "triton", why_not, _group_bwd_config)
+def group_bwd(*args: Any) -> Tensor:
+    return kernels()[1].group_bwd(*args)
+
+
+@backends.implements("group_lora_bwd", "triton", why_not, _lora_bwd_config)
+def group_lora_bwd(*args: Any) -> tuple[Tensor, list[Tensor], list[Tensor]]:
+    return kernels()[2].group_lora_bwd(*args)

@@ -16,8 +16,8 @@ OLDEST_CAPABILITY = (7, 5)
 
 
 @cache
-def kernels() -> tuple[tuple[ModuleType, ModuleType] | None, str | None]:
-    """`nf4lora.triton_kernels`' quantize and dequantize and None, or None and the reason why not."""
+def kernels() -> tuple[tuple[ModuleType, ModuleType, ModuleType] | None, str | None]:
+    """`nf4lora.triton_kernels`' quantize, dequantize and swiglu and None, or None and the reason why not."""
     try:
         import triton
     except ImportError as error:
@@ -25,10 +25,10 @@ def kernels() -> tuple[tuple[ModuleType, ModuleType] | None, str | None]:
     if tuple(map(int, re.findall(r"\d+", triton.__version__)[:2])) < OLDEST_TRITON:
         return None, f"triton: found {triton.__version__}, wanted {'.'.join(map(str, OLDEST_TRITON))} or newer"
     try:
-        from .triton_kernels import dequantize, quantize
+        from .triton_kernels import dequantize, quantize, swiglu
     except ImportError as error:
         return None, f"nf4lora.triton_kernels does not load: {error}; reinstall nf4lora, or in a source tree start Python elsewhere"
-    return (quantize, dequantize), None
+    return (quantize, dequantize, swiglu), None
 
 
 def interpreted() -> bool:
@@ -77,3 +77,18 @@ def quantize_absmax(*args: Any) -> tuple[Tensor, Tensor]:
 @implements("dequantize", "triton", why_not, _dequantize_config)
 def dequantize(*args: Any) -> Tensor:
     return kernels()[0][1].dequantize(*args)
+
+
+def _swiglu_config(gate_up: Tensor, *args: Any) -> heuristics.TritonConfig:
+    """8 outputs a thread, a 16-byte access of each operand. Source: calculated."""
+    return heuristics.TritonConfig(1024, 4)
+
+
+@implements("swiglu_fwd", "triton", why_not, _swiglu_config)
+def swiglu_fwd(*args: Any) -> Tensor:
+    return kernels()[0][2].swiglu_fwd(*args)
+
+
+@implements("swiglu_bwd", "triton", why_not, _swiglu_config)
+def swiglu_bwd(*args: Any) -> Tensor:
+    return kernels()[0][2].swiglu_bwd(*args)

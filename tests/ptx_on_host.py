@@ -1,10 +1,12 @@
-"""Runs PTX of kernels without loops on the CPU: all threads of a program in lock step, one numpy operation an instruction.
+"""Runs PTX on the CPU: all threads of a program in lock step, which branches take whole, one numpy operation an instruction.
 
-For what Triton's interpreter cannot run, inline asm, and what it does not check: every access must fall into an operand.
-Knows the instructions that the kernels of this package compile to, and raises on any other.
+For what Triton's interpreter cannot run, inline asm and bfloat16, and what it does not check: every access must fall into
+an operand. Knows the instructions that the kernels of this package compile to for sm_80, and raises on any other. An
+asynchronous copy is made at once, so a missing wait is not found.
 """
 
 import re
+import struct
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 
@@ -70,12 +72,15 @@ class Memory:
             data[index] = raw[which, :size]
 
 
-def run(ptx: str, arguments: Sequence[Tensor | Window | int], programs: Iterable[int]) -> None:
-    """Run programs of a kernel. arguments: of its parameters in their order; tensors are on the CPU and contiguous."""
+def run(ptx: str, arguments: Sequence[Tensor | Window | int | float], programs: Iterable[int | tuple[int, int]]) -> None:
+    """Run programs of a kernel, in a grid of one or two dimensions. arguments: of its parameters in their order; tensors
+    are on the CPU and contiguous."""
     memory, values = Memory(), []
     for a in arguments:
         if isinstance(a, Window):
             values.append(memory.add(a.tensor) - a.start * a.tensor.element_size())
+        elif isinstance(a, float):
+            values.append(struct.unpack("<I", struct.pack("<f", a))[0])
         else:
             values.append(memory.add(a) if isinstance(a, Tensor) else a)
     threads = int(re.search(r"\.reqntid (\d+)", ptx)[1])
@@ -85,16 +90,16 @@ def run(ptx: str, arguments: Sequence[Tensor | Window | int], programs: Iterable
     labels = {line[:-1]: n for n, line in enumerate(lines) if line.endswith(":")}
     with np.errstate(all="ignore"):
         for program in programs:
-            _Program(memory, values, threads, program).run(lines, labels)
+            _Program(memory, values, threads, program if isinstance(program, tuple) else (program, 0)).run(lines, labels)
 
 
 class _Program:
-    def __init__(self, memory: Memory, arguments: Sequence[int], threads: int, program: int) -> None:
+    def __init__(self, memory: Memory, arguments: Sequence[int], threads: int, program: tuple[int, int]) -> None:
         lane = np.arange(threads, dtype=np.uint64)
         self.memory, self.arguments, self.threads = memory, arguments, threads
         self.registers = {
-            "%tid.x": lane, "%laneid": lane % 32, "%ctaid.x": np.full(threads, program, np.uint64),
-            "global_smem": np.full(threads, _SHARED, np.uint64),
+            "%tid.x": lane, "%laneid": lane % 32, "%ctaid.x": np.full(threads, program[0], np.uint64),
+            "%ctaid.y": np.full(threads, program[1], np.uint64), "global_smem": np.full(threads, _SHARED, np.uint64),
         }  # fmt: skip
 
     def run(self, lines: list[str], labels: dict[str, int]) -> None:
@@ -148,6 +153,8 @@ class _Program:
         kind = op[-1]
         if op[0] in ("ld", "st"):
             return self.move(op, rest, active)
+        if op[0] in ("cp", "ldmatrix", "mma"):
+            return {"cp": self.copy, "ldmatrix": self.load_matrices, "mma": self.multiply}[op[0]](op, rest, active)
         operands = [o.strip() for o in re.split(r",\s*(?![^{]*\})", rest)]
         target, sources = operands[0], operands[1:]
 
@@ -184,6 +191,12 @@ class _Program:
                 out = get(0).astype({"s": "i", "u": "u"}[to[0]] + str(int(to[1:]) // 8))
             case [("and" | "or" | "xor") as name, _]:
                 out = _BITS[name](get(0), get(1))
+            case ["neg", _]:
+                out = -get(0)
+            case ["div", "s32"]:
+                out = np.trunc(get(0) / get(1).astype(np.float64)).astype(np.int32)
+            case ["mul", "hi", "u32"]:
+                out = (get(0).astype(np.uint64) * get(1) >> np.uint64(32)).astype(np.uint32)
             case ["not", _]:
                 out = ~get(0)
             case [("shl" | "shr") as name, _]:
@@ -254,6 +267,64 @@ class _Program:
                 self.put(name, self.memory.load(each, size, active), active)
             else:
                 self.memory.store(each, size, active, self.value(name, "u64"))
+
+
+    def copy(self, op: list[str], rest: str, active: np.ndarray) -> None:
+        """cp.async: size bytes, those beyond the source size zeros."""
+        if op[2] != "ca" and op[2] != "cg":
+            return  # commit_group, wait_group: all copies have been made
+        to, source, size, *given = (o.strip(" []") for o in rest.split(","))
+        at = [self.value(a.split("+")[0], "u64") + np.uint64(int(a.split("+")[1])) for a in (to, source)]
+        of_source = self.value(given[0], "u32") if given else np.full(self.threads, int(size, 0))
+        if (at[0][active] % int(size, 0)).any() or (at[1][active] % int(size, 0)).any():
+            raise IndexError("misaligned access")
+        each = min(int(size, 0), 8)
+        for first in map(np.uint64, range(0, int(size, 0), each)):
+            words = self.memory.load(at[1] + first, each, active & (of_source > first))
+            self.memory.store(at[0] + first, each, active, words)
+
+    def load_matrices(self, op: list[str], rest: str, active: np.ndarray) -> None:
+        """ldmatrix.x4: lane 8 i + j has the address of row j of matrix i, of which lane l gets two neighbours into register i."""
+        if op[3:5] != ["m8n8", "x4"] or not active.all():
+            raise NotImplementedError(".".join(op))
+        names, address = re.fullmatch(r"\{(.*)\}, \[\s*([^\]]*)\]", rest).groups()
+        base, _, plus = address.partition("+")
+        at = self.value(base, "u64") + np.uint64(int(plus or 0))
+        if (at % 16).any():
+            raise IndexError("misaligned access")
+        words = [self.memory.load(at + np.uint64(first), 8, active) for first in (0, 8)]
+        matrices = np.stack(words, 1).view(np.uint16).reshape(-1, 4, 8, 8)  # [warps, matrix, row, column]
+        if "trans" in op:
+            matrices = matrices.swapaxes(2, 3)
+        pairs = np.ascontiguousarray(matrices).view(np.uint32)  # [warps, matrix, row, lane % 4]
+        for i, name in enumerate(re.findall(r"%\w+", names)):
+            self.put(name, pairs[:, i].reshape(-1), active)
+
+    def multiply(self, op: list[str], rest: str, active: np.ndarray) -> None:
+        """mma.m16n8k16, d = a b + c; the fragments as the PTX ISA draws them. The sum of 17 is rounded once here."""
+        if op[3:7] != ["m16n8k16", "row", "col", "f32"] or op[-1] != "f32" or not active.all():
+            raise NotImplementedError(".".join(op))
+        d, a, b, c = (re.findall(r"%\w+|0f\w+", part) for part in re.findall(r"\{(.*?)\}", rest))
+        warp, row, pair = (n.astype(np.int64) for n in (np.arange(self.threads) // 32, np.arange(self.threads) % 32 // 4, np.arange(self.threads) % 4 * 2))
+        left, right, sums = (np.zeros((self.threads // 32, *shape)) for shape in ((16, 16), (16, 8), (16, 8)))
+        for i, name in enumerate(a):
+            halves = self.halves(name, op[7])
+            for j in (0, 1):
+                left[warp, row + i % 2 * 8, pair + i // 2 * 8 + j] = halves[:, j]
+        for i, name in enumerate(b):
+            halves = self.halves(name, op[7])
+            for j in (0, 1):
+                right[warp, pair + i * 8 + j, row] = halves[:, j]
+        for i, name in enumerate(c):
+            sums[warp, row + i // 2 * 8, pair + i % 2] = self.value(name, "f32")
+        sums = (left @ right + sums).astype(np.float32)
+        for i, name in enumerate(d):
+            self.put(name, sums[warp, row + i // 2 * 8, pair + i % 2], active)
+
+    def halves(self, name: str, kind: str) -> np.ndarray:
+        """A register of two 16-bit floats -> [threads, 2]."""
+        bits = np.ascontiguousarray(self.value(name, "u32")).view(np.uint16).reshape(-1, 2)
+        return bits.view(np.float16) if kind == "f16" else (bits.astype(np.uint32) << np.uint32(16)).view(np.float32)
 
 
 def _rounded(values: np.ndarray, to: str) -> np.ndarray:

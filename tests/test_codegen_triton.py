@@ -1,7 +1,9 @@
 """What Triton's compiler makes of the kernels, without a GPU: limits on the machine code, and its PTX run on the CPU."""
 
+import ast
 import json
 import os
+import re
 import subprocess
 import sys
 from dataclasses import replace
@@ -12,6 +14,7 @@ import pytest
 import torch
 
 from nf4lora import reference
+from nf4lora.cases import exact_case
 from nf4lora.codebook import codebook, dynamic_boundaries
 
 ROOT = Path(__file__).parents[1]
@@ -78,6 +81,14 @@ def test_the_rules_see_what_they_are_for():
     assert regressions([replace(row, registers=33)], [row]) and not regressions([row], [row])
 
 
+def test_the_main_loop_is_the_last_that_holds_the_product():
+    names = "S2R HMMA.16816.F32 BRA LDG SHFL HMMA.16816.F32 CALL BRA SHFL STG EXIT".split()
+    targets = {2: "0x10", 6: "0x80", 7: "0x30"}
+    listing = [Instruction(16 * n, name, targets.get(n, "")) for n, name in enumerate(names)]
+    assert [i.opcode for i in codegen.main_loop(listing, ("MMA", "SHFL"))] == ["LDG", "SHFL", "HMMA.16816.F32", "BRA"]
+    assert [i.opcode for i in codegen.main_loop(listing[:3], ("MMA",))] == ["HMMA.16816.F32", "BRA"]
+
+
 def test_a_straight_line_ends_before_its_subroutines():
     names = ["S2R", "EXIT", "CALL.REL.NOINC", "FMUL", "EXIT", "MUFU.RCP", "RET.REL", "NOP"]
     operands = ["R0, SR_TID.X", "", "0x50", "", "", "", "", ""]
@@ -134,19 +145,17 @@ def test_dequantize_as_compiled_gives_the_reference_bytes(built, name, quant_typ
     figures["elements compared with compiled Triton kernels' PTX, run on the CPU"] += numel
 
 
+def order(variant):
+    """The arguments a kernel has at run time, in its order."""
+    module, function = variant.kernel.split(".")
+    tree = ast.parse((ROOT / "triton_kernels" / f"{module}.py").read_text())
+    kernel = next(node for node in tree.body if isinstance(node, ast.FunctionDef) and node.name == function)
+    return [a.arg for a in kernel.args.args if a.arg not in variant.constants]
+
+
 def arguments(variant, operands, numel):
     """In the kernel's order."""
-    names = [n for n in ORDER[variant.kernel] if n in variant.pointers or n == variant.size]
-    return [numel if n == variant.size else operands[n] for n in names]
-
-
-ORDER = {
-    "dequantize.dequantize_kernel": (
-        "packed_ptr", "absmax_ptr", "nested_absmax_ptr", "offset_ptr", "codebook_ptr", "dynamic_ptr", "out_ptr", "numel",
-    ),
-    "quantize.quantize_kernel": ("a_ptr", "packed_ptr", "absmax_ptr", "cells_ptr", "numel"),
-    "quantize.quantize_absmax_kernel": ("absmax_ptr", "offset_ptr", "codes_ptr", "nested_absmax_ptr", "boundaries_ptr", "groups"),
-}  # fmt: skip
+    return [numel if n == variant.size else operands[n] for n in order(variant)]
 
 
 @pytest.mark.parametrize("name", QUANTIZE)
@@ -186,6 +195,72 @@ def test_quantize_absmax_as_compiled_gives_the_reference_bytes(built, groups):
     operands["boundaries_ptr"] = dynamic_boundaries()
     ptx_on_host.run(ptx(built, variant), arguments(variant, operands, groups), range(-(-groups // 256)))
     assert all(map(same_bits, (codes, nested_absmax), reference.quantize_absmax(absmax, offset)))
+
+
+# ---- products: mma.sync, ldmatrix, cp.async and the decoding asm of what is compiled for sm_80
+
+PRODUCTS = {v.name: v for v in codegen.PRODUCTS + codegen.PRODUCTS_ONCE if "r 256" not in v.name}
+
+
+def product(variant, case):
+    """(operands by name, grid, outputs with what they must sum up to) of a product of `case`."""
+    state, c, xa = case.state, variant.constants, None
+    (M, K), N, p = case.x.shape, case.dy.shape[1], case.dropout_p
+    parts = 2 if "*fp32" in (variant.pointers.get("out_ptr"), variant.pointers.get("dyb_ptr"), variant.pointers.get("dA_ptr")) else 1
+    operands = {n: getattr(state, n[:-4]) for n in ("absmax_ptr", "nested_absmax_ptr", "offset_ptr")}
+    operands |= {"packed_ptr": case.packed, "codebook_ptr": codebook("nf4"), "dynamic_ptr": codebook("dynamic"), "x_ptr": case.x, "dy_ptr": case.dy}
+    operands |= {"A_ptr": case.lora_A, "B_ptr": case.lora_B, "seed_ptr": case.seed, "scaling": case.scaling, "threshold": int(p * 2**24)}
+    operands |= {"factor": 1 / (1 - p), "M": M, "N": N, "K": K, "r": 0, "dy_ld": N, "xa_ld": 0, "out_ld": N}
+    truth = case.truth()
+    if case.lora_A is not None:
+        r, seed = len(case.lora_A), case.seed if p else None
+        dropped = reference.dropout(case.x, seed, p)
+        xa, dyb = (dropped @ case.lora_A.T).to(case.x.dtype), (case.scaling * (case.dy.float() @ case.lora_B)).to(case.x.dtype)
+        operands |= {"xa_ptr": xa, "dyb_ptr": dyb, "r": r, "xa_ld": r, "dyb_ld": r}
+
+    def cut(size, block):
+        return -(-size // c[block])
+
+    def steps(size, block):
+        operands["steps"] = -(-cut(size, block) // parts)
+
+    match variant.kernel:
+        case "linear_fwd.linear_fwd_kernel":
+            grid, outputs = cut(M, "BLOCK_M") * cut(N, "BLOCK_N"), {"out_ptr": (parts, truth.y)}
+            steps(K, "BLOCK_K")
+        case "linear_bwd.linear_bwd_kernel":
+            grid, outputs = cut(M, "BLOCK_M") * cut(K, "BLOCK_K"), {"out_ptr": (parts, truth.dx)}
+            steps(N, "BLOCK_N")
+        case "lora.xa_kernel":
+            grid, outputs = cut(M, "BLOCK_M"), {"out_ptr": (parts, dropped @ case.lora_A.T)}
+            steps(K, "BLOCK_K")
+        case "lora.dyb_dB_kernel":
+            grid, outputs = cut(M, "BLOCK_M"), {"dyb_ptr": (parts, case.scaling * (case.dy.float() @ case.lora_B)), "dB_ptr": (cut(M, "BLOCK_M"), truth.dB)}
+            steps(N, "BLOCK_N")
+        case "lora.dA_kernel":
+            grid, outputs = cut(K, "BLOCK_K"), {"dA_ptr": (parts, truth.dA)}
+            steps(M, "BLOCK_M")
+    return operands, [(i, j) for i in range(grid) for j in range(parts)], outputs
+
+
+@pytest.mark.parametrize("name", PRODUCTS)
+def test_products_as_compiled_are_exact(built, name, figures):
+    """T1: operands whose products are exact in any order, so the one rounding at the end is all that there is."""
+    variant = PRODUCTS[name]
+    c, r, dtype = variant.constants, int(re.search(r"r (\d+)", name)[1]), torch.float16 if "float16," in name and "bfloat16" not in name else torch.bfloat16
+    M = c["BLOCK_M"] + 3 if variant.kernel != "lora.dA_kernel" else 2 * c["BLOCK_M"] + 3
+    N, K = (50, 70) if c.get("SPAN") == 1 else (80, 136) if c.get("SPAN") == 8 else (144, 192)
+    case = exact_case(M, N, K, r, dtype, bias=False, nested="plain" not in name, dropout_p=0.5 if "dropout" in name else 0.0)
+    operands, programs, outputs = product(variant, case)
+    found = {}
+    for pointer, (parts, truth) in outputs.items():
+        kind = next(d for d, code in codegen.TYPES.items() if code == variant.pointers[pointer])
+        found[pointer] = operands[pointer] = torch.full((parts, *truth.shape), torch.nan, dtype=getattr(torch, kind))
+    ptx_on_host.run(ptx(built, variant), [operands[n] for n in order(variant)], programs)
+    for pointer, (_, truth) in outputs.items():
+        summed = found[pointer].sum(0, dtype=torch.float64).to(found[pointer].dtype)
+        assert torch.equal(summed, truth.to(summed.dtype))
+        figures["elements compared with compiled Triton kernels' PTX, run on the CPU"] += summed.numel()
 
 
 def test_an_access_beyond_an_operand_is_found(built):

@@ -18,11 +18,12 @@ CODE = ("*.py", "*.cpp", "*.h", "*.cu", "*.cuh", "*.csv", "*.toml", "*.sh")
 # Imports run down only: a module may import those of lower floors, and neighbours named beside it.
 FLOORS = (
     {"codebook", "heuristics", "quant_keys", "abi", "dropout"},
-    {"quant_state", "reference", "backends"},
+    {"quant_state", "reference", "backends", "triton_tiles", "tuned"},
     {"native", "operands", "triton_kernels", "group_rows"},
     {"cuda_paths", "checks"},
     {"cuda_linear"},
     {"native_cuda", "triton_rows"},
+    {"triton_linear"},
     {"ops"},
     {"autograd", "staging"},
     {"functional"},

@@ -1,6 +1,9 @@
 """The measured tiles that heuristics are overridden by: read from a file, chosen by sizes, never beyond what a path can take."""
 
 import csv
+import os
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -11,6 +14,11 @@ from under_test import force
 import nf4lora
 from nf4lora import cuda_paths, heuristics, quantize_4bit, tuned
 from nf4lora.heuristics import CudaLinearConfig, CudaPath
+
+ROOT = Path(__file__).parents[1]
+sys.path.append(str(ROOT))  # behind what is installed: bench is not
+
+from bench import tune  # noqa: E402
 
 FILE = Path(nf4lora.__file__).with_name("tuned.csv")
 
@@ -51,3 +59,28 @@ def test_a_measured_row_is_taken_unless_its_path_is_not_forced_or_not_able(table
             nf4lora.linear_4bit(x.to(dtype), packed, state)
         assert seen.pop() == wanted
     assert isinstance(cuda_paths.as_list(None), list)
+
+
+def test_the_sweep_keeps_the_fastest_and_the_rows_of_other_devices(tmp_path):
+    config = {"op": "linear_fwd", "capability": "9.0", "N": 64, "K": 64, "M": 8, "tokens": 8, "rows": 16, "split": 1}
+    measured = [config | {"path": path, "ms": ms} for path, ms in (("small", 2.0), ("mma", 1.0), ("wgmma", None), ("dense", 1.0))]
+    (row,) = tune.best(measured)
+    assert row["path"] == "mma"
+    file = tmp_path / "tuned.csv"
+    other = "linear_fwd,8.0,64,64,8,small,8,16,2,a.json"
+    file.write_text(",".join(tuned.COLUMNS) + f"\n{other}\nlinear_fwd,9.0,1,64,8,small,8,16,2,old.json\n")
+    tune.save([row], file, "new.json")
+    assert file.read_text().splitlines()[1:] == [other, "linear_fwd,9.0,64,64,8,mma,8,16,1,new.json"]
+
+
+@pytest.mark.parametrize("op", ["linear_fwd", "linear_bwd"])
+def test_the_sweep_tries_what_can_be_best_and_the_calculated_config_first(op):
+    for M, paths in ((1, {"SMALL"}), (64, {"SMALL", "MMA", "WGMMA", "DENSE"}), (512, {"MMA", "WGMMA", "DENSE"})):
+        tried = list(tune.candidates(op, M, 4096, 4096, True))
+        assert len(tried) == len(set(tried)) and {c.path.name for c in tried} == paths
+        assert tried[0] == getattr(heuristics, f"cuda_{op}")(tried[0].path, M, 4096, 4096, 132)
+
+
+def test_without_a_gpu_the_sweep_says_so():
+    done = subprocess.run([sys.executable, "-m", "bench.tune"], cwd=ROOT, capture_output=True, text=True, env=os.environ | {"CUDA_VISIBLE_DEVICES": "", "PYTHONSAFEPATH": "", "PYTHONPATH": str(ROOT)})  # fmt: skip
+    assert done.returncode == 1 and done.stdout.strip() == "bench.tune sweeps on a GPU, and torch finds none", done.stderr

@@ -17,8 +17,18 @@ GPU = torch.cuda.is_available()
 KERNELS = ("cpu", "cuda_on_host", "triton") + (("cuda",) if GPU else ())
 
 
+GROUPS = ("group_fwd", "group_bwd", "group_lora_bwd")
+
+
+def moved(value: Any, device: str) -> Any:
+    """Tensors to a device, in tuples and lists too."""
+    if isinstance(value, (tuple, list)):
+        return type(value)(moved(v, device) for v in value)
+    return value.to(device) if isinstance(value, Tensor) else value
+
+
 @contextmanager
-def force(name: str) -> Iterator[str]:
+def force(name: str, path: str | None = None) -> Iterator[str]:
     """`use_backend` for a test. A back end that is not there is an error, never a skip."""
     if name == "cpu" and (why_not := native.host.load()[1]):
         raise RuntimeError(why_not)
@@ -31,7 +41,7 @@ def force(name: str) -> Iterator[str]:
         machine.enter()
     if name in ("cuda", "triton"):
         name = _by_way_of_the_gpu(name) if GPU else _interpreted()
-    with backends.use_backend(name):
+    with backends.use_backend(name, path):
         yield name
 
 
@@ -46,13 +56,12 @@ def _by_way_of_the_gpu(name: str) -> str:
 
     def sent(op: str) -> Callable[..., Any]:
         def call(*args: Any) -> Any:
-            with backends.use_backend(name):
-                found = backends.run(op, *(a.cuda() if isinstance(a, Tensor) else a for a in args))
-            return tuple(t.cpu() for t in found) if isinstance(found, tuple) else found.cpu()
+            with backends.use_backend(name, backends.forced_path()):
+                return moved(backends.run(op, *moved(args, "cuda")), "cpu")
 
         return call
 
-    for op in CUDA_FUNCTIONS:
+    for op in (*CUDA_FUNCTIONS, *GROUPS):
         backends.implements(op, f"{name} by way of the GPU")(sent(op))
     return f"{name} by way of the GPU"
 
@@ -71,7 +80,7 @@ def _interpreted() -> str:
             return backends.run("dequantize", *args)
 
     name = "triton, interpreted"
-    for op in (o for o in CUDA_FUNCTIONS if backends.has(o, "triton")):
+    for op in (o for o in (*CUDA_FUNCTIONS, *GROUPS) if backends.has(o, "triton")):
         row = backends._ROWS[op, "triton"]
         backends.implements(op, name, row.why_not, row.configure)(row.call)
     backends.implements("dequantize", name, backends._ROWS["dequantize", "triton"].why_not)(dequantize)

@@ -360,6 +360,7 @@ CUDA_ON_HOST_UNSEEN bool raised(void *flag) {
 inline uint32_t load_stream(const uint32_t *p) { return *p; }
 inline uint2 load_stream(const uint2 *p) { return *p; }
 inline uint4 load_stream(const uint4 *p) { return *p; }
+inline void prefetch_l2(const void *) {}
 inline void store_stream(uint32_t *p, uint32_t v) { *p = v; }
 inline void store_stream(uint4 *p, uint4 v) { *p = v; }
 
@@ -391,6 +392,8 @@ CUDA_ON_HOST_UNSEEN void wait_acquire(const uint32_t *p, uint32_t v, Caller at =
     wait_until(raised, &flag, at);
     access(p, sizeof *p, Access::kAtomic, at);
 }
+
+CUDA_ON_HOST_UNSEEN int pinned(int v) { return v; }
 
 // The neighbour of 1 / v on the other side, so that whoever leaves out the Newton step is found out. (It cannot mend the
 // largest mantissa, where the card's approximation is the right one, as its division relies on the same two steps.)
@@ -505,6 +508,18 @@ CUDA_ON_HOST_UNSEEN void bulk_copy(void *shared, const void *global, uint32_t by
     cuda_on_host::bulk_copy(shared, global, bytes, b, at);
 }
 
+template <int kRegisters>
+CUDA_ON_HOST_UNSEEN void give_registers(Caller at = here()) {
+    static_assert(kRegisters >= 24 && kRegisters <= 256 && kRegisters % 8 == 0, "setmaxnreg takes multiples of 8");
+    must_be_warpgroup(at);
+    warp_meet(~0u, nullptr, nullptr, at, false);
+}
+
+template <int kRegisters>
+CUDA_ON_HOST_UNSEEN void take_registers(Caller at = here()) {
+    verbs::give_registers<kRegisters>(at);
+}
+
 // Registers need no fence here: a product reads a when it is issued and d when it lands.
 template <int kCount>
 CUDA_ON_HOST_UNSEEN void wgmma_fence(float (&)[kCount], Caller at = here()) {
@@ -553,6 +568,12 @@ CUDA_ON_HOST_UNSEEN void wgmma_m64n128k16(float (&d)[64], const uint32_t (&a)[4]
     wgmma<T, 128, true>(d, a, 0, b, accumulate, at);
 }
 
+template <class T>
+CUDA_ON_HOST_UNSEEN void wgmma_m64n256k16(float (&d)[128], const uint32_t (&a)[4], uint64_t b, bool accumulate = true,
+                                         Caller at = here()) {
+    wgmma<T, 256, true>(d, a, 0, b, accumulate, at);
+}
+
 }  // namespace verbs
 }  // namespace cuda_on_host
 
@@ -568,11 +589,13 @@ inline const char *zero_async(void *p, size_t bytes, void *stream) {
 }
 
 using cuda_on_host::verbs::load_stream;
+using cuda_on_host::verbs::prefetch_l2;
 using cuda_on_host::verbs::store_stream;
 using cuda_on_host::verbs::load_acquire;
 using cuda_on_host::verbs::store_release;
 using cuda_on_host::verbs::atomic_add_acq_rel;
 using cuda_on_host::verbs::wait_acquire;
+using cuda_on_host::verbs::pinned;
 using cuda_on_host::verbs::reciprocal_approx;
 using cuda_on_host::verbs::max_magnitude;
 using cuda_on_host::verbs::cp_async;
@@ -597,11 +620,14 @@ using cuda_on_host::verbs::mbarrier_test;
 using cuda_on_host::verbs::mbarrier_try_wait;
 using cuda_on_host::verbs::mbarrier_wait;
 using cuda_on_host::verbs::bulk_copy;
+using cuda_on_host::verbs::give_registers;
+using cuda_on_host::verbs::take_registers;
 using cuda_on_host::verbs::wgmma_fence;
 using cuda_on_host::verbs::wgmma_commit;
 using cuda_on_host::verbs::wgmma_wait;
 using cuda_on_host::verbs::wgmma_descriptor;
 using cuda_on_host::verbs::wgmma_m64n64k16;
 using cuda_on_host::verbs::wgmma_m64n128k16;
+using cuda_on_host::verbs::wgmma_m64n256k16;
 
 }  // namespace nf4lora
