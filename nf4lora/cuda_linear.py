@@ -8,7 +8,7 @@ from torch import Tensor
 
 from . import heuristics
 from .abi import MAX_GROUP, CudaConfig, Dropout, GroupBwdParams, GroupFwdParams, GroupLoraBwdParams, Member, SwigluParams
-from .cuda_paths import CudaPaths, as_list
+from .cuda_paths import WIDE, CudaPaths, as_list
 from .heuristics import CudaLinearConfig, CudaPath
 from .native import _code, _contiguous
 
@@ -65,7 +65,7 @@ class CudaLinear(CudaPaths):
         self, x, packed, absmax, nested_absmax, offset, bias, lora_A, lora_B, seed, N, blocksize, quant_type, scaling,
         dropout_p, config: CudaLinearConfig,
     ) -> tuple[Tensor, Tensor]:  # fmt: skip
-        x, bias, lora_A, lora_B = x.contiguous(), _all(bias), _all(lora_A), _all(lora_B)
+        x, bias, lora_A, lora_B = _aligned(x), _all(bias), _all(lora_A), _all(lora_B)
         (M, K), ranks, total = x.shape, [A.shape[0] for A in lora_A] or [0] * len(N), sum(N)
         dense, r = config.path == CudaPath.DENSE, sum(ranks)
         extend = dense and r > 0 and heuristics.cuda_extend_fwd(total, K)
@@ -96,7 +96,7 @@ class CudaLinear(CudaPaths):
         self, dy, packed, absmax, nested_absmax, offset, lora_A, dyb, seed, N, K, blocksize, quant_type, dropout_p,
         config: CudaLinearConfig,
     ) -> Tensor:  # fmt: skip
-        dy, dyb, lora_A = dy.contiguous(), _contiguous(dyb), _all(lora_A)
+        dy, dyb, lora_A = _aligned(dy), _contiguous(dyb), _all(lora_A)
         M, total, ranks = dy.shape[0], sum(N), [A.shape[0] for A in lora_A] or [0] * len(N)
         dense, r, dropped = config.path == CudaPath.DENSE, sum(ranks), seed is not None
         extend = dense and r > 0 and not dropped and heuristics.cuda_extend_bwd(total, K)
@@ -154,6 +154,12 @@ class CudaLinear(CudaPaths):
             params = SwigluParams(*map(self.pointer, (gate_up, dh, out)), M, N, _code(gate_up), workers)
             self.run(name, params, gate_up.device)
         return out
+
+
+def _aligned(t: Tensor) -> Tensor:
+    """Contiguous, and where wide loads may begin: a row of a larger tensor may not."""
+    t = t.contiguous()
+    return t.clone() if t.data_ptr() % WIDE else t
 
 
 def _all(tensors: Sequence[Tensor]) -> list[Tensor]:

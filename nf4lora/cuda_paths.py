@@ -12,7 +12,7 @@ from .native import Library
 from .tuned import tuned
 
 _PATHS = {p.name.lower(): p for p in CudaPath}
-_WIDE = 16  # bytes of the widest load
+WIDE = 16  # bytes of the widest load
 
 
 class CudaPaths(Library):
@@ -32,8 +32,8 @@ class CudaPaths(Library):
             return "the tensor cores take bfloat16 and float16; float32 goes by dense"
         if K % 64:
             return f"found K = {K}, wanted a multiple of 64"
-        if any(t.data_ptr() % _WIDE for t in packed) or (first.is_contiguous() and first.data_ptr() % _WIDE):
-            return f"found x, dy or packed at an address that is no multiple of {_WIDE}"
+        if any(t.data_ptr() % WIDE for t in packed):
+            return f"found packed at an address that is no multiple of {WIDE}"
         capability = self.capability(first.device)
         if path == CudaPath.WGMMA and capability[0] != 9:
             return f"found a device of capability {capability}, wanted 9.0"

@@ -7,11 +7,11 @@ import random
 import pytest
 import torch
 from cuda_on_host import backend
+from under_test import force
 
 from nf4lora import backends, heuristics, ops, quantize_4bit, reference
 from nf4lora.codebook import BLOCKSIZES, QUANT_TYPES
 from nf4lora.testing import assert_exact, check_error_ratio, check_exact, exact_case, random_case
-from under_test import force
 
 FLOATS = (torch.float32, torch.bfloat16, torch.float16)
 HALVES = (torch.bfloat16, torch.float16)

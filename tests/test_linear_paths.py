@@ -214,7 +214,8 @@ def test_groups_t2(path, dtype):
 )
 def test_a_path_says_what_it_cannot_take(K, dtype, offset, reason):
     packed, state = quantize_4bit(torch.randn(16, K))
-    x = torch.zeros(4 * K + offset, dtype=dtype)[offset:].view(4, K)
+    packed = torch.zeros(len(packed) + offset, 1, dtype=torch.uint8)[offset:].copy_(packed)
+    x = torch.zeros(4, K, dtype=dtype)
     for name in ("small", "mma", "wgmma"):
         with force("cuda_on_host", name), pytest.raises(NotImplementedError, match=f"path {name}: .*{reason}"):
             linear_4bit(x, packed, state)

@@ -5,9 +5,9 @@ import math
 
 import pytest
 import torch
+from under_test import KERNELS, fewer, force
 
 from nf4lora import backends, heuristics, ops, reference
-from under_test import KERNELS, fewer, force
 
 FLOATS = (torch.float32, torch.bfloat16, torch.float16)
 # Of the output's dtype. float32 has no precision to spare: exp, reciprocal and three products err by half an ulp or one each.

@@ -57,13 +57,16 @@ struct Area {
 template <class T, class Fetch, class Value>
 NF4LORA_DEVICE void fill(const Job &p, Share &share, const Area &area, const Fetch &fetch, const Value &value) {
     const int64_t count = area.rows * area.columns;
-    const uint32_t units = static_cast<uint32_t>((count + kUnit - 1) / kUnit), columns = static_cast<uint32_t>(area.columns);
+    const uint32_t units = static_cast<uint32_t>((count + kUnit - 1) / kUnit);
+    const uint32_t columns = static_cast<uint32_t>(area.columns);
     for (; share.at < units; share.at += share.step) {
         const int64_t first = int64_t{share.at} * kUnit, first_row = first / area.columns;
         const uint32_t first_column = static_cast<uint32_t>(first - first_row * area.columns);
         decltype(fetch(int64_t{}, int64_t{})) fetched[kUnit / kThreads] = {};
         uint32_t rows_on[kUnit / kThreads] = {};
-        const auto column_of = [&](uint32_t i, uint32_t row_on) { return area.column + (first_column + i - row_on * columns); };
+        const auto column_of = [&](uint32_t i, uint32_t row_on) {
+            return area.column + (first_column + i - row_on * columns);
+        };
 #pragma unroll
         for (uint32_t i = threadIdx.x, j = 0; j < kUnit / kThreads; ++j, i += kThreads)
             if (first + i < count) {
@@ -144,7 +147,8 @@ constexpr int kTileStores = kWarpTile / Wide<T>::kCount;  // of a warp
 
 // One tile of each warp, or, if not kWhole, what there is of them.
 template <class T, bool kNested, bool kWhole>
-NF4LORA_DEVICE void decode_tile(const Job &p, const Source &from, const char *table, const float *map_copy, uint32_t tile) {
+NF4LORA_DEVICE void decode_tile(const Job &p, const Source &from, const char *table, const float *map_copy,
+                                uint32_t tile) {
     typedef typename Wide<T>::Codes Codes;
     constexpr int kCount = Wide<T>::kCount, kSteps = kTileStores<T> / kLanes;
     const uint32_t lane = threadIdx.x % kLanes, warp = threadIdx.x / kLanes;
@@ -253,7 +257,8 @@ const char *decode(Job p, int32_t workers, void *stream) {
     }
     p.stores_of_row = divisor_of(p.K / Wide<T>::kCount);
     const int64_t weights = p.N * p.K, adapters = p.N * (p.ld - p.K) + p.below * p.K, cost = kUnitCost * adapters;
-    const unsigned others = grid_of(static_cast<int32_t>(workers * cost / (weights + cost)), ceil_div(adapters, kUnit) + p.count);
+    const int32_t their_share = static_cast<int32_t>(workers * cost / (weights + cost));
+    const unsigned others = grid_of(their_share, ceil_div(adapters, kUnit) + p.count);
     p.decoders = grid_of(workers - static_cast<int32_t>(others), ceil_div(weights, kTile));
     const unsigned grid = p.decoders + others;
     if (p.member[0].w.nested_absmax)

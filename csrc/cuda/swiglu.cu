@@ -96,8 +96,9 @@ const char *swiglu(const SwigluParams &p, void *stream) {
                       aligned(p.dh, sizeof(uint4)) && aligned(p.out, sizeof(uint4));
     const unsigned grid = grid_of(p.workers, ceil_div(wide ? accesses : numel, kThreads));
     if (wide)
-        return NF4LORA_LAUNCH((swiglu_wide<T, kBackward>), grid, kThreads, 0, stream, static_cast<const uint4 *>(p.gate_up),
-                              static_cast<const uint4 *>(p.dh), static_cast<uint4 *>(p.out),
+        return NF4LORA_LAUNCH((swiglu_wide<T, kBackward>), grid, kThreads, 0, stream,
+                              static_cast<const uint4 *>(p.gate_up), static_cast<const uint4 *>(p.dh),
+                              static_cast<uint4 *>(p.out),
                               static_cast<uint32_t>(accesses), static_cast<uint32_t>(of_row), divisor_of(of_row));
     return NF4LORA_LAUNCH((swiglu_elements<T, kBackward>), grid, kThreads, 0, stream, static_cast<const T *>(p.gate_up),
                           static_cast<const T *>(p.dh), static_cast<T *>(p.out), numel, p.N);
