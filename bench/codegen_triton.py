@@ -16,7 +16,7 @@ from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
-from nf4lora import heuristics, triton_tiles
+from nf4lora import triton_tiles
 from nf4lora.codebook import NESTED_BLOCKSIZE
 from nf4lora.triton_tiles import TritonTile
 
@@ -54,7 +54,7 @@ class Variant:
 
 def dequantize(dtype: str, nested: bool = True, numel: int = 1 << 24, **changes: Any) -> Variant:
     """dequantize to `dtype`; `changes` to the constants a launch would give."""
-    config = heuristics.triton_dequantize(numel)
+    config = triton_tiles.triton_dequantize(numel)
     constants = {"BLOCKSIZE": 64, "ALIGNED": True, "TAIL": False, "ASM": True, "WORDS": config.weights // 8} | changes
     pointers = {"packed_ptr": "*u8", "absmax_ptr": "*u8" if nested else "*fp32", "codebook_ptr": "*fp32", "out_ptr": TYPES[dtype]}
     more = ("nested_absmax_ptr", "offset_ptr", "dynamic_ptr")
@@ -69,7 +69,7 @@ def dequantize(dtype: str, nested: bool = True, numel: int = 1 << 24, **changes:
 
 
 def quantize(dtype: str, quant_type: str = "nf4", blocksize: int = 64, numel: int = 1 << 24, **changes: Any) -> Variant:
-    config = heuristics.triton_quantize(blocksize)
+    config = triton_tiles.triton_quantize(blocksize)
     constants = {"BLOCKSIZE": blocksize, "NF4": quant_type == "nf4", "TAIL": False, "ASM": True, "WEIGHTS": config.weights} | changes
     pointers = {"a_ptr": TYPES[dtype], "packed_ptr": "*u8", "absmax_ptr": "*fp32", "cells_ptr": "*i64"}
     return Variant(
@@ -80,7 +80,7 @@ def quantize(dtype: str, quant_type: str = "nf4", blocksize: int = 64, numel: in
 
 
 def quantize_absmax() -> Variant:
-    config = heuristics.triton_quantize_absmax()
+    config = triton_tiles.triton_quantize_absmax()
     pointers = dict.fromkeys(("absmax_ptr", "offset_ptr", "nested_absmax_ptr", "boundaries_ptr"), "*fp32") | {"codes_ptr": "*u8"}
     return Variant(
         "quantize_absmax", "quantize.quantize_absmax_kernel", pointers, "groups", "i32", {"BLOCK": NESTED_BLOCKSIZE}, config.warps,

@@ -29,23 +29,36 @@ from .shapes import LLAMA_3_8B, LLAMA_3_8B_GROUPS
 from .timing import Contender, CudaMeter, cold_sets
 
 TOKENS = (1, 8, 16, 32, 64, 128, 256, 512, 1024, 2048)
-SPLITS = (1, 2, 3, 4, 6, 8)
+SPLITS = (1, 2, 3, 4, 6, 8, 12, 16)
 RANK = 16
 
 
+# Tiles (tokens, rows or columns) that the kernels have; a config beside them runs as the nearest.
+TILES = {
+    "linear_fwd": {
+        CudaPath.SMALL: ((8, 128), (16, 128), (32, 128), (64, 128)),
+        CudaPath.MMA: ((64, 128), (64, 256), (128, 128)),
+        CudaPath.WGMMA: ((128, 128), (256, 128)),
+    },
+    "linear_bwd": {
+        CudaPath.SMALL: ((16, 128), (32, 256)),
+        CudaPath.MMA: ((16, 128), (32, 256), (64, 256)),
+        CudaPath.WGMMA: ((128, 256), (256, 128)),
+    },
+}
+
+
 def candidates(op: str, M: int, N: int, K: int, hopper: bool) -> Iterator[CudaLinearConfig]:
-    """Configs worth a measurement for M tokens: the calculated one of each path first."""
+    """Configs worth a measurement for M tokens: of each path the calculated one first."""
     paths = [CudaPath.SMALL] * (M <= 128) + [CudaPath.MMA] * (M > 8) + [CudaPath.WGMMA] * (hopper and M > 16) + [CudaPath.DENSE] * (M >= 64)
-    calculated = getattr(heuristics, f"cuda_{op}")
-    seen = set()
     multiprocessors = torch.cuda.get_device_properties(0).multi_processor_count if torch.cuda.is_available() else 132
     for path in paths:
-        best = calculated(path, M, N, K, multiprocessors)
-        tiles = {"linear_fwd": ((8, 16, 32, 64, 128), (16, 32, 128, 256)), "linear_bwd": ((16, 32, 64, 128), (256, 512))}[op]
-        others = (CudaLinearConfig(path, t, r, s) for t, r, s in itertools.product(*tiles, SPLITS) if t < 2 * M or t == tiles[0][0])
-        for config in (best, *others) if path != CudaPath.DENSE else (best,):
-            if config not in seen:
-                seen.add(config)
+        best = getattr(heuristics, f"cuda_{op}")(path, M, N, K, multiprocessors)
+        yield best
+        for (tokens, rows), split in itertools.product(TILES[op].get(path, ()), SPLITS):
+            config = CudaLinearConfig(path, tokens, rows, split)
+            # A tile of which most is beyond M is never the best, nor many parts of what already fills the device.
+            if config != best and tokens < 4 * max(M, 8) and split <= 2 * best.split:
                 yield config
 
 

@@ -1,4 +1,4 @@
-// The mask of inverted dropout, regenerated from its seed wherever a kernel needs it (bit-equal to reference.py::dropout).
+// The mask of inverted dropout, regenerated from its seed where a kernel needs it: the bits of reference.py::dropout.
 //   Philox4x32-10: key = (low, high) words of the seed, counter = (low, high) words of i / 4 and two zeros; output word
 //   i % 4 belongs to flat index i of the [M, K] input. Kept where (word >> 8) >= ceil(p * 2^24), and then multiplied by
 //   the fp32 1 / (1 - p); a dropped element is 0 whatever it was.

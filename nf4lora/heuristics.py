@@ -108,23 +108,36 @@ def cuda_paths(M: int, hopper: bool) -> tuple[CudaPath, ...]:
     return (tiled, CudaPath.DENSE) if M < CUDA_DENSE_TOKENS else (CudaPath.DENSE,)
 
 
+# (largest M, tokens and rows of a tile, resident blocks) by path, as csrc/cuda/linear_*.cu have them; source: calculated.
+_FORWARD = {
+    CudaPath.SMALL: ((8, 8, 128, 2), (16, 16, 128, 2), (32, 32, 128, 1), (2**63, 64, 128, 1)),
+    CudaPath.MMA: ((64, 64, 256, 1), (2**63, 128, 128, 1)),
+    CudaPath.WGMMA: ((128, 128, 128, 1), (2**63, 256, 128, 1)),
+}
+_SMALL_BACKWARD = ((16, 16, 128, 2), (32, 32, 256, 2), (2**63, 64, 256, 1))
+_BACKWARD = {
+    CudaPath.SMALL: _SMALL_BACKWARD,
+    CudaPath.MMA: _SMALL_BACKWARD,
+    CudaPath.WGMMA: ((128, 128, 256, 1), (2**63, 256, 128, 1)),
+}
+
+
 def cuda_linear_fwd(path: CudaPath, M: int, N: int, K: int, multiprocessors: int) -> CudaLinearConfig:
-    """Tiles of the forward on a path. Source: calculated."""
-    if path == CudaPath.DENSE:
-        return CudaLinearConfig(path, split=cuda_dequantize(N * K, multiprocessors, CUDA_DECODE_BLOCKS_PER_SM))
-    if path == CudaPath.SMALL:
-        tokens, rows = next(t for t in (8, 16, 32, 64) if M <= t or t == 64), 16
-    else:
-        tokens, rows = (64 if M <= 64 else 128), 128
-    return CudaLinearConfig(path, tokens, rows, _split(-(-M // tokens) * -(-N // rows), K // 64, multiprocessors))
+    """Tiles of the forward on a path."""
+    return _tiled(_FORWARD, path, M, N, K, multiprocessors)
 
 
 def cuda_linear_bwd(path: CudaPath, M: int, N: int, K: int, multiprocessors: int) -> CudaLinearConfig:
-    """Tiles of dx on a path. Source: calculated."""
+    """Tiles of dx on a path."""
+    return _tiled(_BACKWARD, path, M, K, N, multiprocessors)
+
+
+def _tiled(table: dict, path: CudaPath, M: int, across: int, along: int, multiprocessors: int) -> CudaLinearConfig:
+    """The table's tile for M tokens; parts of the sum over `along` so that tiles of M x `across` keep the device busy."""
     if path == CudaPath.DENSE:
-        return CudaLinearConfig(path, split=cuda_dequantize(N * K, multiprocessors, CUDA_DECODE_BLOCKS_PER_SM))
-    tokens = next((t for t in (16, 32, 64) if M <= t), 64)
-    return CudaLinearConfig(path, tokens, 256, _split(-(-M // tokens) * -(-K // 256), N // 64, multiprocessors))
+        return CudaLinearConfig(path, split=cuda_dequantize(across * along, multiprocessors, CUDA_DECODE_BLOCKS_PER_SM))
+    _, tokens, rows, resident = next(row for row in table[path] if M <= row[0])
+    return CudaLinearConfig(path, tokens, rows, _split(-(-M // tokens) * -(-across // rows), along // 64, resident * multiprocessors))
 
 
 def cuda_extend_fwd(N: int, K: int) -> bool:
@@ -148,8 +161,8 @@ def cuda_swiglu(numel: int, multiprocessors: int) -> int:
 
 
 def _split(tiles: int, steps: int, multiprocessors: int) -> int:
-    """Parts of a reduction of `steps` so that `tiles` tiles of the output keep the multiprocessors busy; at most 8."""
-    return max(1, min(multiprocessors // max(tiles, 1), steps // 4, 8))
+    """Parts of a sum of `steps` so that `tiles` tiles of the output keep that many multiprocessors busy; at most 16."""
+    return max(1, min(multiprocessors // max(tiles, 1), steps // 4, 16))
 
 
 def cpu_linear_fwd(M: int, threads: int) -> LinearConfig:
@@ -174,26 +187,3 @@ def _fitted(rows: tuple[tuple[int, LinearConfig], ...], M: int, threads: int) ->
     while config.scratch_bytes > SCRATCH_BYTES and config.block_n > 64:
         config = replace(config, block_m=-(-config.block_m // 2), block_n=config.block_n // 2)
     return replace(config, threads=min(threads, SCRATCH_BYTES * threads // config.scratch_bytes))
-
-
-@dataclass(frozen=True)
-class TritonConfig:
-    """One program of a Triton kernel: the weights it takes, a multiple of the blocksize where it quantizes, and its warps."""
-
-    weights: int
-    warps: int
-
-
-def triton_quantize(blocksize: int) -> TritonConfig:
-    """32 weights a thread, so that the fixed costs of a program spread, and whole blocks. Source: calculated."""
-    return TritonConfig(max(4096, blocksize), 4)
-
-
-def triton_dequantize(numel: int) -> TritonConfig:
-    """32 weights a thread, four loads in flight; small tensors in more programs. Source: calculated."""
-    return TritonConfig(4096 if numel >= 1 << 20 else 1024, 4)
-
-
-def triton_quantize_absmax() -> TritonConfig:
-    """One nested block a program: there is one for each 16,384 weights. Source: calculated."""
-    return TritonConfig(256, 2)

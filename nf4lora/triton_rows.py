@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from . import heuristics
+from . import triton_tiles
 from .backends import implements
 
 OLDEST_TRITON = (3, 6)
@@ -56,12 +56,12 @@ def why_not(*args: Any) -> str | None:
     return None
 
 
-def _quantize_config(a: Tensor, blocksize: int, quant_type: str) -> heuristics.TritonConfig:
-    return heuristics.triton_quantize(blocksize)
+def _quantize_config(a: Tensor, blocksize: int, quant_type: str) -> triton_tiles.TritonConfig:
+    return triton_tiles.triton_quantize(blocksize)
 
 
-def _dequantize_config(packed: Tensor, *args: Any) -> heuristics.TritonConfig:
-    return heuristics.triton_dequantize(2 * packed.numel())
+def _dequantize_config(packed: Tensor, *args: Any) -> triton_tiles.TritonConfig:
+    return triton_tiles.triton_dequantize(2 * packed.numel())
 
 
 @implements("quantize", "triton", why_not, _quantize_config)
@@ -69,7 +69,7 @@ def quantize(*args: Any) -> tuple[Tensor, Tensor]:
     return kernels()[0][0].quantize(*args)
 
 
-@implements("quantize_absmax", "triton", why_not, lambda *args: heuristics.triton_quantize_absmax())
+@implements("quantize_absmax", "triton", why_not, lambda *args: triton_tiles.triton_quantize_absmax())
 def quantize_absmax(*args: Any) -> tuple[Tensor, Tensor]:
     return kernels()[0][0].quantize_absmax(*args)
 
@@ -79,9 +79,8 @@ def dequantize(*args: Any) -> Tensor:
     return kernels()[0][1].dequantize(*args)
 
 
-def _swiglu_config(gate_up: Tensor, *args: Any) -> heuristics.TritonConfig:
-    """8 outputs a thread, a 16-byte access of each operand. Source: calculated."""
-    return heuristics.TritonConfig(1024, 4)
+def _swiglu_config(gate_up: Tensor, *args: Any) -> triton_tiles.TritonConfig:
+    return triton_tiles.triton_swiglu()
 
 
 @implements("swiglu_fwd", "triton", why_not, _swiglu_config)

@@ -1,10 +1,38 @@
-"""Tiles of Triton's linear: shapes in, launch parameters out, as `heuristics` has it for everything else."""
+"""Programs of the Triton kernels: shapes in, launch parameters out, as `heuristics` has it for everything else."""
 
 import math
 from dataclasses import dataclass
 from enum import IntEnum
 
 from .heuristics import CUDA_DENSE_TOKENS, _split
+
+
+@dataclass(frozen=True)
+class TritonConfig:
+    """One program of a Triton kernel: the weights it takes, a multiple of the blocksize where it quantizes, and its warps."""
+
+    weights: int
+    warps: int
+
+
+def triton_quantize(blocksize: int) -> TritonConfig:
+    """32 weights a thread, so that the fixed costs of a program spread, and whole blocks. Source: calculated."""
+    return TritonConfig(max(4096, blocksize), 4)
+
+
+def triton_dequantize(numel: int) -> TritonConfig:
+    """32 weights a thread, four loads in flight; small tensors in more programs. Source: calculated."""
+    return TritonConfig(4096 if numel >= 1 << 20 else 1024, 4)
+
+
+def triton_quantize_absmax() -> TritonConfig:
+    """One nested block a program: there is one for each 16,384 weights. Source: calculated."""
+    return TritonConfig(256, 2)
+
+
+def triton_swiglu() -> TritonConfig:
+    """Eight outputs a thread. Source: calculated."""
+    return TritonConfig(1024, 4)
 
 
 class TritonPath(IntEnum):

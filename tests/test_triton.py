@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from nf4lora import backends, heuristics, ops, reference, triton_rows
+from nf4lora import backends, ops, reference, triton_rows, triton_tiles
 from nf4lora.codebook import BLOCKSIZES, QUANT_TYPES, boundaries, code_order, codebook
 
 if find_spec("triton") is None and (sys.platform, os.uname().machine) != ("linux", "x86_64"):
@@ -181,8 +181,8 @@ def test_every_small_and_large_config_gives_the_same_bytes(monkeypatch):
     a = torch.randn(20_001, generator=torch.Generator().manual_seed(0)).to(DEVICE)
     found = []
     for weights in (1024, 4096):
-        monkeypatch.setattr(heuristics, "triton_dequantize", lambda numel, weights=weights: heuristics.TritonConfig(weights, 4))
-        monkeypatch.setattr(heuristics, "triton_quantize", lambda blocksize, weights=weights: heuristics.TritonConfig(weights, 4))
+        monkeypatch.setattr(triton_tiles, "triton_dequantize", lambda numel, weights=weights: triton_tiles.TritonConfig(weights, 4))
+        monkeypatch.setattr(triton_tiles, "triton_quantize", lambda blocksize, weights=weights: triton_tiles.TritonConfig(weights, 4))
         packed, absmax = ops.quantize(a, 64, "nf4")
         found.append((packed, absmax, ops.dequantize(packed, absmax, None, None, [len(a)], 64, "nf4", torch.float32)))
     assert all(map(same_bits, *found))
@@ -318,10 +318,10 @@ def test_why_there_is_no_triton(monkeypatch, name, module, reason):
 
 def test_launch_parameters_are_whole_blocks():
     for blocksize in BLOCKSIZES:
-        config = heuristics.triton_quantize(blocksize)
+        config = triton_tiles.triton_quantize(blocksize)
         assert config.weights % blocksize == 0 and config.weights & (config.weights - 1) == 0
     for numel in (1, 2**20, 2**40):
-        assert heuristics.triton_dequantize(numel).weights <= 256 * 32  # the blocks of one nested absmax
+        assert triton_tiles.triton_dequantize(numel).weights <= 256 * 32  # the blocks of one nested absmax
 
 
 # ---- the puzzle, on a CPU with a schedule of its own

@@ -54,7 +54,7 @@ def test_a_measured_row_is_taken_unless_its_path_is_not_forced_or_not_able(table
     x = torch.randn(9, 128, dtype=torch.bfloat16)
     calculated = heuristics.cuda_linear_fwd(CudaPath.SMALL, 9, 130, 128, 1)
     for path, dtype, wanted in ((None, torch.bfloat16, table[0]), ("mma", torch.bfloat16, table[0]), ("small", torch.bfloat16, calculated),
-                                (None, torch.float32, CudaLinearConfig(CudaPath.DENSE))):  # fmt: skip
+                                (None, torch.float32, heuristics.cuda_linear_fwd(CudaPath.DENSE, 9, 130, 128, 1))):  # fmt: skip
         with force("cuda_on_host", path):
             nf4lora.linear_4bit(x.to(dtype), packed, state)
         assert seen.pop() == wanted

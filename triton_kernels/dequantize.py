@@ -8,7 +8,7 @@ import triton.language as tl
 from torch import Tensor
 
 from ..codebook import codebook
-from ..heuristics import TritonConfig
+from ..triton_tiles import TritonConfig
 from .nf4 import decode, load_absmax
 
 

@@ -6,7 +6,7 @@ import triton.language as tl
 from torch import Tensor
 
 from ..codebook import NESTED_BLOCKSIZE, dynamic_boundaries
-from ..heuristics import TritonConfig
+from ..triton_tiles import TritonConfig
 from .nf4 import cells, encode, scaled, to_float32
 
 

@@ -5,7 +5,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ..heuristics import TritonConfig
+from ..triton_tiles import TritonConfig
 from .nf4 import to_float32
 
 # Of exp: 1 / ln 2, and ln 2 in two parts, whose first has zeros enough that its products with small integers are exact.

@@ -2,8 +2,9 @@
 // Operands:      as params.h says, any K, N, M, ranks and alignment; 16-byte copies where x or dy allow them
 // Rounding:      xa and dyb once to x's dtype, the rounded ones go on; A and B are rounded to it where they enter a
 //                product; sums in fp32. The mask zeroes elements exactly, the factor 1 / (1 - p) multiplies the sum
-// Memory:        x and dy are read once while the ranks of a launch fit one tile (256), sums split over blocks go
-//                through the workspace and are added in order by the block that comes last: the same bits every run
+// Memory:        x is read once while the group has at most 256 ranks; dy once for dyb and dB while no member has more
+//                than 32, else once for each. Sums split over blocks go through the workspace and are added in order by
+//                the block that comes last: the same bits every run. At most 99 KiB shared
 // Budget:        the bytes of x and dy; with dropout Philox, 22 instructions an element, made once for each
 //
 // bf16 and fp16 take tensor cores; fp32 (any dtype would do) the plain products at the end.
@@ -159,9 +160,9 @@ NF4LORA_DEVICE void drop_piece(char *piece, const DropoutMask &mask, int64_t fir
     uint32_t kept = mask.kept(counter) | mask.kept(counter + 1) << 4;
     if (first % 4)
         kept = (kept | mask.kept(counter + 2) << 8) >> first % 4;
-    uint4 v = *reinterpret_cast<const uint4 *>(piece);
-    v = make_uint4(keep_pair(v.x, kept), keep_pair(v.y, kept >> 2), keep_pair(v.z, kept >> 4), keep_pair(v.w, kept >> 6));
-    *reinterpret_cast<uint4 *>(piece) = v;
+    uint4 &v = *reinterpret_cast<uint4 *>(piece);
+    v = make_uint4(keep_pair(v.x, kept), keep_pair(v.y, kept >> 2), keep_pair(v.z, kept >> 4),
+                   keep_pair(v.w, kept >> 6));
 }
 
 NF4LORA_DEVICE void store_piece(void *to, int64_t at, const char *piece, int64_t valid, bool wide) {
@@ -268,8 +269,8 @@ template <class Product, class Params>
 const char *launch_product(const Params &p, int64_t rows, int64_t columns, int64_t members, void *stream) {
     if (rows == 0 || columns == 0)
         return nullptr;
-    const dim3 grid(static_cast<unsigned>(ceil_div(columns, kPlainTile)), static_cast<unsigned>(ceil_div(rows, kPlainTile)),
-                    static_cast<unsigned>(members));
+    const dim3 grid(static_cast<unsigned>(ceil_div(columns, kPlainTile)),
+                    static_cast<unsigned>(ceil_div(rows, kPlainTile)), static_cast<unsigned>(members));
     return NF4LORA_LAUNCH((product_kernel<Product, Params>), grid, kThreads, sizeof(PlainTiles), stream, p);
 }
 
@@ -337,7 +338,9 @@ struct DybProduct {
     NF4LORA_DEVICE DybProduct(const GroupLoraBwdParams &p_, int i)
         : p(p_), member(p_.member[i]), row0(first_row(p_, i)), rank0(first_rank(p_, i)), rows(p_.M), columns(member.r),
           depth(member.w.rows) {}
-    NF4LORA_DEVICE float a(int64_t token, int64_t n) const { return load_element(p.dy, p.dtype, token * p.N + row0 + n); }
+    NF4LORA_DEVICE float a(int64_t token, int64_t n) const {
+        return load_element(p.dy, p.dtype, token * p.N + row0 + n);
+    }
     NF4LORA_DEVICE float b(int64_t n, int64_t rank) const {
         return load_element(member.lora_B, p.B_dtype, n * member.r + rank);
     }
@@ -356,7 +359,9 @@ struct BGradientProduct {
     NF4LORA_DEVICE BGradientProduct(const GroupLoraBwdParams &p_, int i)
         : p(p_), member(p_.member[i]), row0(first_row(p_, i)), rank0(first_rank(p_, i)), rows(member.w.rows),
           columns(member.r), depth(p_.M) {}
-    NF4LORA_DEVICE float a(int64_t n, int64_t token) const { return load_element(p.dy, p.dtype, token * p.N + row0 + n); }
+    NF4LORA_DEVICE float a(int64_t n, int64_t token) const {
+        return load_element(p.dy, p.dtype, token * p.N + row0 + n);
+    }
     NF4LORA_DEVICE float b(int64_t token, int64_t rank) const {
         return load_element(p.xa, p.dtype, token * p.r + rank0 + rank);
     }
@@ -396,7 +401,9 @@ struct DxProduct {
 
     NF4LORA_DEVICE DxProduct(const GroupBwdParams &p_, int)
         : p(p_), mask(p_.dropout), rows(p_.M), columns(p_.K), depth(p_.r) {}
-    NF4LORA_DEVICE float a(int64_t token, int64_t rank) const { return load_element(p.dyb, p.dy_dtype, token * p.r + rank); }
+    NF4LORA_DEVICE float a(int64_t token, int64_t rank) const {
+        return load_element(p.dyb, p.dy_dtype, token * p.r + rank);
+    }
     NF4LORA_DEVICE float b(int64_t rank, int64_t k) const {
         const RankPlace place = place_of_rank(p, rank);
         return load_element(p.member[place.member].lora_A, p.A_dtype, (rank - place.first) * p.K + k);
@@ -433,7 +440,7 @@ constexpr int kStages = 3;              // tiles of x or dy on their way or in u
 constexpr int64_t kLeastSteps = 4;      // of a part of a split reduction
 constexpr int64_t kEnoughBlocks = 264;  // from which on it is not split
 
-// Which operands can be copied 16 bytes at a time: x or dy, xa or dyb beside it, x_ext; and whether four elements of A or B.
+// Which operands can be copied 16 bytes at a time: x or dy, xa or dyb beside it, x_ext; and A or B four elements.
 struct Wide {
     bool source, side, out, factor;
 };
@@ -562,8 +569,8 @@ ProjectionGrid projection_grid(const typename Projection::Params &p) {
 
 // Grid: as ProjectionGrid has it. Partial sums: [tile][chunk][part][token][rank] of whole tiles.
 template <class T, class Tile, class Projection>
-__global__ void __launch_bounds__(kThreads, Tile::kBlocks)
-    projection_kernel(const __grid_constant__ typename Projection::Params p, float *partial, uint32_t *counters, Wide wide) {
+__global__ void __launch_bounds__(kThreads, Tile::kBlocks) projection_kernel(
+    const __grid_constant__ typename Projection::Params p, float *partial, uint32_t *counters, Wide wide) {
     constexpr int kRanks = Tile::kRanks, kTokens = Tile::kTokens, kRow = kPitch<kDepth>;
     constexpr bool kRankRows = Projection::kRankRows;
     constexpr int kFactorRow = kRankRows ? kPitch<kDepth> : kPitch<kRanks>;
@@ -744,20 +751,20 @@ const char *launch_projection(const typename Projection::Params &p, void *stream
 template <int kRanks_, int kSlab_, int kTokens_>
 struct GradientTile {
     static constexpr int kRanks = kRanks_, kSlab = kSlab_, kTokens = kTokens_, kStages = 2;
-    static constexpr int kBlocks = kRanks <= 64 ? 2 : 1;  // at least, on a multiprocessor
+    static constexpr int kBlocks = kRanks <= 32 ? 2 : 1;  // at least, on a multiprocessor
     static constexpr int kSlabWarps = kSlab / 32, kWarpRanks = kRanks * kSlabWarps / kWarps;
     static constexpr int kSourceBytes = kTokens * kPitch<kSlab>, kSideBytes = kTokens * kPitch<kRanks>;
     static constexpr size_t kShared = kStages * (kSourceBytes + kSideBytes);
 };
 
-// dB of a member, from its columns of dy and of xa; and dyb from the same tiles of dy where it projects as well: for low
-// ranks, as more would move more partial sums of dyb than a second reading of dy costs.
+// dB of a member, from its columns of dy and of xa; and dyb from the same tiles of dy where it projects as well: for
+// low ranks, as more would move more partial sums of dyb than a second reading of dy costs.
 template <class Tile, bool kProjects_>
 struct DyGradient {
     static constexpr bool kRankRows = false;  // of dB: it is [N][rank]
     static constexpr bool kProjects = kProjects_;
     static constexpr int kFactorBytes = kProjects ? Tile::kSlab * kPitch<Tile::kRanks> : 0;  // the slab's rows of B
-    static constexpr size_t kShared = Tile::kShared + kFactorBytes + (kProjects ? sizeof(uint4) : 0);  // a word of comes_last
+    static constexpr size_t kShared = Tile::kShared + kFactorBytes + (kProjects ? sizeof(uint4) : 0);  // for comes_last
     const GroupLoraBwdParams &p;
     const DropoutMask mask;  // none
     const PartPlace place;
@@ -777,8 +784,8 @@ struct DyGradient {
     }
     NF4LORA_DEVICE int64_t slabs_of_member() const { return (member.w.rows + Tile::kSlab - 1) / Tile::kSlab; }
     NF4LORA_DEVICE uint4 factor(int column, int rank, bool wide) const {
-        return load_quad(member.lora_B, p.B_dtype, (column0 + column) * member.r + rank, column < columns ? ranks - rank : 0,
-                         wide);
+        return load_quad(member.lora_B, p.B_dtype, (column0 + column) * member.r + rank,
+                         column < columns ? ranks - rank : 0, wide);
     }
     template <class T>
     NF4LORA_DEVICE void store_dyb(int64_t token, int rank, float v) const {
@@ -882,8 +889,8 @@ __global__ void __launch_bounds__(kThreads, Tile::kBlocks) gradient_kernel(
         for (int at = static_cast<int>(threadIdx.x); at < kTokens * (kRanks / kPiece); at += kThreads) {
             const int row = at / (kRanks / kPiece), rank = at % (kRanks / kPiece) * kPiece;
             const int64_t token = (begin + step) * kTokens + row;
-            load_piece(tile + row * kSideRow + rank * 2, job.side, token * p.r + rank, token < p.M ? job.ranks - rank : 0,
-                       wide.side);
+            load_piece(tile + row * kSideRow + rank * 2, job.side, token * p.r + rank,
+                       token < p.M ? job.ranks - rank : 0, wide.side);
         }
     };
 
@@ -942,8 +949,8 @@ __global__ void __launch_bounds__(kThreads, Tile::kBlocks) gradient_kernel(
                         job.template store_dyb<T>(token0 + row, rank + 1, pair.y);
                 }
             uint32_t *const word = reinterpret_cast<uint32_t *>(factor_tile + Gradient::kFactorBytes);
-            if (slabs == 1 ||
-                !comes_last(dyb.counters + job.place.member * all_steps + begin + step, static_cast<uint32_t>(slabs), word))
+            uint32_t *const counter = dyb.counters + job.place.member * all_steps + begin + step;
+            if (slabs == 1 || !comes_last(counter, static_cast<uint32_t>(slabs), word))
                 return;
             const float *const first = sums - job.place.part * p.M * kRanks;
             for (int i = static_cast<int>(threadIdx.x); i < rows * kRanks; i += kThreads)
@@ -1038,7 +1045,7 @@ __global__ void __launch_bounds__(kThreads, Tile::kBlocks) gradient_kernel(
     }
 }
 
-// What a launch takes of the workspace: sums and counters of the gradient, then of dyb. Counters are words like the sums.
+// What a launch takes of the workspace, in words: the sums of the gradient and of dyb, then their counters.
 struct GradientSpace {
     int64_t partials, counters, dyb_partials, dyb_counters;
     int64_t zeroed() const { return counters + dyb_counters; }
@@ -1076,8 +1083,8 @@ const char *launch_gradient(const GroupLoraBwdParams &p, void *stream) {
     const Meeting gradient{sums, counters}, dyb{sums + space.partials, counters + space.counters};
     const dim3 blocks(static_cast<unsigned>(grid.slabs), static_cast<unsigned>(grid.parts),
                       static_cast<unsigned>(grid.chunks));
-    return NF4LORA_LAUNCH((gradient_kernel<T, Tile, Gradient<Tile>>), blocks, kThreads, Gradient<Tile>::kShared, stream, p,
-                          gradient, dyb, Gradient<Tile>::wide(p));
+    return NF4LORA_LAUNCH((gradient_kernel<T, Tile, Gradient<Tile>>), blocks, kThreads, Gradient<Tile>::kShared, stream,
+                          p, gradient, dyb, Gradient<Tile>::wide(p));
 }
 
 // ---- dx = mask * (dyb A), the ranks of all members as one reduction
@@ -1145,7 +1152,8 @@ __global__ void __launch_bounds__(kThreads, 2) dx_kernel(const __grid_constant__
 #pragma unroll
             for (int j = 0; j < 4; ++j) {
                 uint32_t b[4];
-                ldmatrix_x4_trans(b, factor_tile + (rank + lane % 16) * kRow + (warp_column + 16 * j + lane / 16 * 8) * 2);
+                const int column = warp_column + 16 * j + lane / 16 * 8;
+                ldmatrix_x4_trans(b, factor_tile + (rank + lane % 16) * kRow + column * 2);
 #pragma unroll
                 for (int i = 0; i < 2; ++i) {
                     mma_m16n8k16<T>(sum[i][2 * j], a[i], {b[0], b[1]});
@@ -1163,8 +1171,9 @@ __global__ void __launch_bounds__(kThreads, 2) dx_kernel(const __grid_constant__
 #pragma unroll
             for (int half = 0; half < 2; ++half) {
                 const int row = warp_token + 16 * i + lane / 4 + 8 * half, column = warp_column + 8 * j + lane % 4 * 2;
-                *reinterpret_cast<uint32_t *>(shared + row * kRow + column * 2) =
-                    round_pair<T>(__fmul_rn(sum[i][j][2 * half], mask.scale), __fmul_rn(sum[i][j][2 * half + 1], mask.scale));
+                const float even = __fmul_rn(sum[i][j][2 * half], mask.scale);
+                const float odd = __fmul_rn(sum[i][j][2 * half + 1], mask.scale);
+                *reinterpret_cast<uint32_t *>(shared + row * kRow + column * 2) = round_pair<T>(even, odd);
             }
     __syncthreads();
 #pragma unroll 4
