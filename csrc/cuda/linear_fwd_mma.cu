@@ -214,7 +214,8 @@ class Absmax {
   public:
     // of w's rows from row0 on, from `begin` bytes of codes into them
     NF4LORA_DEVICE Absmax(const Weight &w, int64_t row0, int64_t begin, const float *map)
-        : map_(map), shift_(30 - __clz(static_cast<int>(w.blocksize))), halves_(kRuns > 1 && w.blocksize < kStep) {
+        : map_(map), halves_(kRuns > 1 && w.blocksize < kStep) {
+        shift_ = 30 - __clz(static_cast<int>(w.blocksize));  // here, as a host pass of nvcc parses initializers
         const int64_t first = row0 * (w.cols / 2) + begin;
         const int64_t nested = (first >> shift_) / Scales::kNestedBlocksize, block = nested * Scales::kNestedBlocksize;
         const uint32_t row = static_cast<uint32_t>(first - (block << shift_)) +

@@ -13,6 +13,8 @@ import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from ctypes import CDLL, Structure, byref, c_char_p, c_int32, c_int64, c_void_p
+from dataclasses import dataclass
+from functools import cache
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -21,7 +23,7 @@ import numpy as np
 
 HERE = Path(__file__).resolve().parent
 PACKAGE = HERE.parents[1] / "nf4lora"
-GUARD, GUARD_BYTE = 256, 0xA5
+GUARD, GUARD_BYTE, ALIGNMENT = 256, 0xA5, 256
 
 
 class Wrong(Exception):
@@ -63,7 +65,12 @@ class Device:
         shift: bytes beyond an aligned address.
         """
         array = np.ascontiguousarray(array)
-        raw = np.full(array.nbytes + 2 * self._guard + shift, GUARD_BYTE, np.uint8)
+        if self._guard:
+            memory = np.full(array.nbytes + 2 * GUARD + ALIGNMENT + shift, GUARD_BYTE, np.uint8)
+            first = -(memory.ctypes.data + GUARD) % ALIGNMENT
+            raw = memory[first : first + array.nbytes + 2 * GUARD + shift]
+        else:
+            raw = np.full(array.nbytes + shift, GUARD_BYTE, np.uint8)
         inside = raw[self._guard + shift : self._guard + shift + array.nbytes]
         inside[:] = array.view(np.uint8).reshape(-1) if written else 0xFF
         self.library.cuda_on_host_register(
@@ -82,6 +89,17 @@ class Device:
         message = launcher(*map(_as_ctypes, arguments), c_void_p(None))
         if message:
             raise RuntimeError(message.decode())
+
+    def run_path(self, function: str, params: Structure) -> None:
+        """Calls a function of csrc/cuda/paths.h, its workspace put into the parameters. Raises: as `run`."""
+        name = type(params).__name__
+        struct = f"ERKNS_{len(name)}{name}E"
+        wanted = f"{function}_workspace"
+        if sizes := getattr(self.library, f"_ZN7nf4lora{len(wanted)}{wanted}{struct}", None):
+            sizes.restype = c_int64
+            if nbytes := sizes(byref(params)):
+                params.workspace = self.empty("workspace", nbytes, np.uint8).ctypes.data
+        self.run(f"_ZN7nf4lora{len(function)}{function}{struct}Pv", byref(params))
 
 
 def _as_ctypes(argument: Any) -> Any:
@@ -212,6 +230,7 @@ def handoff(device: Device, seed: int, numel: int) -> None:
 # ---- csrc/cuda, against the definition in numpy
 
 
+@cache
 def _abi() -> Any:
     """nf4lora/abi.py without its package, whose import brings torch."""
     spec = importlib.util.spec_from_file_location("nf4lora_abi", PACKAGE / "abi.py")
@@ -312,6 +331,193 @@ def dequantize(
         equal("out", out, values if dtype == 0 else to_bf16(values) if dtype == 1 else to_half(values))
 
 
+# ---- the linear: one source file a path, entered below linear.cu, so that a library needs no other
+
+
+@dataclass(frozen=True)
+class Linear:
+    """A member of a group, whose products are exact in float32: what its kernels read, and their values in float64."""
+
+    packed: np.ndarray
+    absmax: np.ndarray
+    nested: tuple[np.ndarray, ...]  # its absmax and the offset, if it is nested
+    W: np.ndarray
+    bias: np.ndarray
+    A: np.ndarray
+    B: np.ndarray
+    scaling: float
+
+
+def _linear(N: int, K: int, r: int, nested: bool, blocksize: int, seed: int) -> Linear:
+    """NF4 codes of -1, 0 and 1, an absmax of powers of two (or sums of two of them), whole numbers elsewhere."""
+    random = np.random.default_rng(seed)
+    values = random.integers(-1, 2, N * K)
+    codes = np.array([0, 7, 15])[values + 1]
+    packed = (codes[0::2] << 4 | codes[1::2]).astype(np.uint8)
+    blocks = N * K // blocksize
+    if nested:
+        dynamic, which = _map("dynamic"), random.integers(0, 2, blocks)
+        stored = np.array([np.flatnonzero(dynamic == v)[0] for v in (0, 1)])[which].astype(np.uint8)
+        scale = np.float32(2) ** random.integers(-1, 3, -(-blocks // 256)).astype(np.float32)
+        offset = np.float32([2.0])
+        absmax = which * scale[np.arange(blocks) // 256] + offset
+        statistics = scale, offset
+    else:
+        absmax = stored = np.float32(2) ** random.integers(-2, 3, blocks).astype(np.float32)
+        statistics = ()
+    W = (values * absmax.astype(np.float64)[np.arange(N * K) // blocksize]).reshape(N, K)
+    A, B = integers((r, K), 1, seed + 1), integers((N, r), 1, seed + 2)
+    return Linear(packed, stored, statistics, W, integers(N, 8, seed + 3), A, B, (0.5, 2.0)[seed % 2])
+
+
+@dataclass(frozen=True)
+class Config:
+    """A group's shape and how it is launched; `paths.h` says what a path makes of it."""
+
+    M: int
+    N: tuple[int, ...]
+    K: int
+    r: tuple[int, ...]
+    tokens: int = 64
+    rows: int = 128
+    split: int = 1
+    nested: bool = True
+    blocksize: int = 64
+    resident: bool = False
+
+    def linears(self) -> list[Linear]:
+        each = enumerate(zip(self.N, self.r, strict=True))
+        return [_linear(N, self.K, r, self.nested, self.blocksize, 20 + 5 * i) for i, (N, r) in each]
+
+    def sizes(self) -> dict[str, int]:
+        return {"count": len(self.N), "M": self.M, "N": sum(self.N), "K": self.K, "r": sum(self.r)}
+
+
+def _members(device: Device, config: Config, linears: list[Linear], **others: list[np.ndarray]) -> Any:
+    abi = _abi()
+    members = (abi.Member * abi.MAX_GROUP)()
+    for i, of in enumerate(linears):
+        weight = {"packed": device.put("packed", of.packed), "absmax": device.put("absmax", of.absmax)}
+        for name, array in zip(("nested_absmax", "offset"), of.nested, strict=False):
+            weight[name] = device.put(name, array)
+        w = _params(abi.Weight, **weight, rows=config.N[i], cols=config.K, blocksize=config.blocksize,
+                    nested_blocksize=256, quant_type=0)  # fmt: skip
+        operands: dict[str, Any] = {"bias": device.put("bias", to_bf16(of.bias))}
+        if config.r[i]:
+            operands["lora_A"] = device.put("lora_A", of.A.astype(np.float32))
+            operands["lora_B"] = device.put("lora_B", of.B.astype(np.float32))
+        operands |= {name: arrays[i] for name, arrays in others.items()}
+        members[i] = _params(abi.Member, w=w, **operands, r=config.r[i], scaling=of.scaling)
+    return members
+
+
+def _launch(config: Config, path: int) -> Structure:
+    return _abi().CudaConfig(path, config.tokens, config.rows, config.split)
+
+
+def _beside(of: list[np.ndarray], ranks: tuple[int, ...]) -> list[np.ndarray]:
+    """Columns of each member."""
+    return np.split(of, np.cumsum(ranks)[:-1], axis=1)
+
+
+def forward(device: Device, seed: int, function: str, config: Config) -> None:
+    """The functions of GroupFwdParams: y, xa, or both; or the weights decoded, with the adapters beside them."""
+    linears, (M, K, r) = config.linears(), (config.M, config.K, sum(config.r))
+    x = integers((M, K), 8, 14)
+    xa = to_bf16(np.concatenate([x @ of.A.T for of in linears], 1))
+    lora = [of.scaling * part @ of.B.T for of, part in zip(linears, _beside(from_bf16(xa).astype(float), config.r), strict=True)]
+    y = np.concatenate([x @ of.W.T + of.bias + part for of, part in zip(linears, lora, strict=True)], 1)
+    dense, ld = function == "decode_group", -(-(K + r) // 8) * 8
+    with device.memory(seed, config.resident):
+        fields: dict[str, Any] = config.sizes() | {"x_dtype": 1, "bias_dtype": 1, "A_dtype": 0, "B_dtype": 0}
+        fields |= {"member": _members(device, config, linears), "x": device.put("x", to_bf16(x)), "ld": ld if dense else K}
+        out, expected = {}, {}
+        if dense:
+            expected["decoded"] = np.zeros((len(y[0]), ld))
+            expected["decoded"][:, :K] = np.concatenate([of.W for of in linears])
+            row, rank = 0, K
+            for of in linears:
+                expected["decoded"][row : row + len(of.B), rank : rank + len(of.A)] = of.scaling * of.B
+                row, rank = row + len(of.B), rank + len(of.A)
+        elif function != "lora_fwd":
+            expected["y"] = y
+        if function in ("lora_fwd", "linear_fwd_small") and r:
+            expected["xa"] = from_bf16(xa)
+        else:
+            fields["xa"] = device.put("xa", xa)
+        out = {name: device.empty(name, v.shape, np.uint16) for name, v in expected.items()}
+        path = {"linear_fwd_small": 0, "linear_fwd_mma": 1, "linear_fwd_wgmma": 2}.get(function, 3)
+        params = _params(_abi().GroupFwdParams, **fields, **out, config=_launch(config, path))
+        device.run_path(function, params)
+        for name, v in expected.items():
+            equal(name, out[name], to_bf16(v))
+
+
+def backward(device: Device, seed: int, function: str, config: Config) -> None:
+    """The functions of GroupBwdParams: dx, or what the adapters add to it; or the weights decoded, A below them."""
+    linears, M = config.linears(), config.M
+    dy = [integers((M, N), 8, 15 + i) for i, N in enumerate(config.N)]
+    dyb = [integers((M, r), 8, 18 + i) for i, r in enumerate(config.r)]
+    adapters = sum(d @ of.A for d, of in zip(dyb, linears, strict=True))
+    if function == "decode_group":
+        expected = {"decoded": np.concatenate([*(of.W for of in linears), *(of.A for of in linears)])}
+    elif function == "lora_dx":
+        expected = {"dx": adapters}
+    else:
+        expected = {"dx": adapters + sum(d @ of.W for d, of in zip(dy, linears, strict=True))}
+    with device.memory(seed, config.resident):
+        fields: dict[str, Any] = config.sizes() | {"dy_dtype": 1, "A_dtype": 0, "extend": int("decoded" in expected)}
+        fields |= {"member": _members(device, config, linears), "dy": device.put("dy", to_bf16(np.concatenate(dy, 1)))}
+        if sum(config.r):
+            fields["dyb"] = device.put("dyb", to_bf16(np.concatenate(dyb, 1)))
+        out = {name: device.empty(name, v.shape, np.uint16) for name, v in expected.items()}
+        path = {"linear_bwd_mma": 1, "linear_bwd_wgmma": 2}.get(function, 3)
+        device.run_path(function, _params(_abi().GroupBwdParams, **fields, **out, config=_launch(config, path)))
+        for name, v in expected.items():
+            equal(name, out[name], to_bf16(v))
+
+
+def lora_backward(device: Device, seed: int, config: Config) -> None:
+    linears, M, K = config.linears(), config.M, config.K
+    x, dy = integers((M, K), 8, 14), [integers((M, N), 8, 15 + i) for i, N in enumerate(config.N)]
+    xa = [integers((M, r), 8, 18 + i) for i, r in enumerate(config.r)]
+    dyb = to_bf16(np.concatenate([of.scaling * d @ of.B for d, of in zip(dy, linears, strict=True)], 1))
+    dA = [part.T @ x for part in _beside(from_bf16(dyb).astype(float), config.r)]
+    dB = [of.scaling * d.T @ part for of, d, part in zip(linears, dy, xa, strict=True)]
+    with device.memory(seed, config.resident):
+        out = {"dA": [device.empty("dA", v.shape, np.float32) for v in dA],
+               "dB": [device.empty("dB", v.shape, np.float32) for v in dB]}  # fmt: skip
+        fields: dict[str, Any] = config.sizes() | {"dtype": 1, "A_dtype": 0, "B_dtype": 0, "split": config.split}
+        fields |= {"member": _members(device, config, linears, **out)}
+        fields |= {name: device.put(name, to_bf16(v)) for name, v in
+                   (("x", x), ("dy", np.concatenate(dy, 1)), ("xa", np.concatenate(xa, 1)))}  # fmt: skip
+        found = device.empty("dyb", dyb.shape, np.uint16)
+        device.run_path("lora_bwd", _params(_abi().GroupLoraBwdParams, **fields, dyb=found))
+        equal("dyb", found, dyb)
+        for name, expected in (("dA", dA), ("dB", dB)):
+            for got, v in zip(out[name], expected, strict=True):
+                equal(name, got, v.astype(np.float32))
+
+
+def swiglu(device: Device, seed: int, M: int, N: int, shift: int) -> None:
+    """shift: bytes of gate_up beyond an aligned address."""
+    random = np.random.default_rng(16)
+    gate, up, dh = (from_bf16(to_bf16(random.uniform(-4, 4, (M, N)))).astype(float) for _ in range(3))
+    s = 1 / (1 + np.exp(-gate))
+    h, gradient = gate * s * up, np.concatenate([dh * up * s * (1 + gate * (1 - s)), dh * gate * s], 1)
+    for name, expected in (("fwd", h), ("bwd", gradient)):
+        with device.memory(seed):
+            out = device.empty("out", expected.shape, np.uint16)
+            operands = {"gate_up": device.put("gate_up", to_bf16(np.concatenate([gate, up], 1)), shift=shift), "out": out}
+            if name == "bwd":
+                operands["dh"] = device.put("dh", to_bf16(dh))
+            params = _params(_abi().SwigluParams, **operands, M=M, N=N, dtype=1, workers=2)
+            device.run(f"nf4lora_cuda_swiglu_{name}", byref(params))
+            error = np.abs(from_bf16(out) - expected)
+            if not (error <= 2.0**-8 * np.abs(expected) + 1e-6).all():
+                raise Wrong(f"swiglu_{name}: off by {np.nanmax(error)}")
+
+
 # What planted bugs and the clean kernels are run on: name -> (sources, calls)
 Call = tuple[Callable[..., None], tuple[Any, ...]]
 CASES: dict[str, tuple[Call, ...]] = {
@@ -329,6 +535,38 @@ CASES: dict[str, tuple[Call, ...]] = {
     "quantize_absmax": ((quantize_absmax, (1300, 256)),),
     "dequantize_unaligned": ((dequantize, (8192 + 77, 64, 1, 0, 2, 1)),),
     "dequantize": ((dequantize, (2 * 8192 + 77, 64, 1, 256, 2)), (dequantize, (8192 + 77, 128, 0, 0, 2))),
+    "linear_fwd_small": (
+        (forward, ("linear_fwd_small", Config(20, (35, 16), 128, (5, 3), tokens=16, split=2))),
+        (forward, ("linear_fwd_small", Config(3, (33,), 576, (0,), tokens=8, nested=False))),
+    ),
+    "linear_fwd_small_resident": (
+        (forward, ("linear_fwd_small", Config(9, (70,), 576, (20,), tokens=8, resident=True))),
+    ),
+    "linear_fwd_mma": (
+        (forward, ("linear_fwd_mma", Config(70, (20, 16), 256, (17, 3), tokens=64, split=2))),
+        (forward, ("linear_fwd_mma", Config(33, (24,), 128, (3,), tokens=128, nested=False, blocksize=32))),
+    ),
+    "linear_fwd_wgmma": (
+        (forward, ("linear_fwd_wgmma", Config(35, (69,), 448, (17,), tokens=128, nested=False))),
+        (forward, ("linear_fwd_wgmma", Config(5, (40,), 256, (3,), tokens=128, split=2, blocksize=32))),
+    ),
+    "linear_bwd_mma": (
+        (backward, ("linear_bwd_mma", Config(33, (70, 24), 192, (17, 3), tokens=32, nested=False))),
+        (backward, ("linear_bwd_mma", Config(20, (136,), 128, (3,), tokens=16, split=2))),
+    ),
+    "linear_bwd_wgmma": (
+        (backward, ("linear_bwd_wgmma", Config(70, (136, 330), 192, (3, 40), tokens=128))),
+        (backward, ("linear_bwd_wgmma", Config(20, (136,), 64, (0,), tokens=128, split=2, nested=False))),
+    ),
+    "decode_group": (
+        (forward, ("decode_group", Config(1, (40, 33, 70), 256, (3, 4, 5), split=2))),
+        (backward, ("decode_group", Config(1, (70, 33), 256, (3, 4), split=2, nested=False))),
+    ),
+    "lora_fwd": ((forward, ("lora_fwd", Config(70, (16, 16), 264, (13, 3), split=2))),),
+    "lora_bwd": ((lora_backward, (Config(130, (520,), 136, (16,), split=2),)),),
+    "lora_dx": ((backward, ("lora_dx", Config(20, (8, 8), 136, (17, 60))),),),
+    "swiglu": ((swiglu, (5, 24, 0)), (swiglu, (5, 17, 0))),
+    "swiglu_unaligned": ((swiglu, (5, 24, 2)),),
 }
 
 
