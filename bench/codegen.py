@@ -24,8 +24,11 @@ RESULTS = Path(__file__).parent / "results" / "codegen.json"
 DEFAULT_ARCHS = "75 80 86 89 90a 100 120"
 # What a hot loop has no business with: local and generic memory, doubles, calls, and atomics, whose order is nobody's.
 SLOW = tuple("LDL STL LD ST DADD DMUL DFMA DSETP CALL ATOM ATOMG ATOMS RED REDG".split())
+_ATOMIC = ("ATOM", "ATOMG", "ATOMS", "RED", "REDG")
+# Nowhere: in which order they add is nobody's.
+FLOAT_ATOMICS = tuple(f"{name}.FLOAT" for name in _ATOMIC)
 _MEMORY = ("LDG", "STG", "LDS", "STS", "LDL", "STL", "LD", "ST")
-_OF_INTEREST = re.compile(r"LD|ST|ATOM|RED|UTMA|UBLKCP|.MMA|SHFL|MUFU|BAR|SYNCS|CALL|D(ADD|MUL|FMA|SETP)\b|F2FP")
+_OF_INTEREST = re.compile(r"LD|ST|ATOM|RED|UTMA|UBLKCP|\w*MMA|SHFL|MUFU|BAR|SYNCS|CALL|D(ADD|MUL|FMA|SETP)\b|F2FP")
 
 
 @dataclass(frozen=True)
@@ -35,14 +38,17 @@ class Instruction:
     address: int
     opcode: str
     operands: str
+    predicated: bool = False
 
     @property
     def name(self) -> str:
-        """The opcode without modifiers, memory accesses with their width in bits: LDG.128, LDS.32, FMUL, MUFU.RCP."""
+        """The opcode without modifiers, but with the width of a memory access in bits: LDG.128, LDS.32, FMUL, ATOMG.FLOAT."""
         base, *modifiers = self.opcode.split(".")
         if base in _MEMORY:
             widths = [m.strip("US") for m in modifiers if m.strip("US") in ("8", "16", "64", "128")]
             return f"{base}.{widths[0] if widths else 32}"
+        if base in _ATOMIC and any(re.fullmatch(r"B?F\d\d\w*", m) for m in modifiers):
+            return f"{base}.FLOAT"
         return self.opcode if "MMA" in base or base == "MUFU" else base
 
     @property
@@ -65,7 +71,9 @@ class Resources:
 class Rule:
     """For the kernels whose name matches the pattern `kernel`: what their hot loop must hold and must not.
 
-    The hot loop is the innermost one that holds all of `must`; each `wide` in it moves `weights` weights of a thread.
+    The hot loop is the innermost one that holds all of `must`; each `wide` in it moves `weights` weights of a thread. Where
+    `path` is set, only the shortest way round it that meets the most `wide` counts: what is left out is a branch not taken
+    where shapes are aligned and blocks are of 64 or more.
     Instructions are given by `Instruction.name`, without a width any: LDG is every LDG. Without `wide`, the rule is
     about the whole kernel.
     """
@@ -75,6 +83,7 @@ class Rule:
     weights: int = 0
     must: tuple[str, ...] = ()
     must_not: tuple[str, ...] = SLOW
+    path: bool = False
 
 
 @dataclass(frozen=True)
@@ -98,12 +107,26 @@ class KernelRow:
 def _rules() -> Iterator[Rule]:
     for dtype, weights in (("float", 4), ("__nv_bfloat16", 8), ("__half", 8)):
         yield Rule(rf"decode_tiles<{dtype},", "STG.128", weights, ("LDG.16" if weights == 4 else "LDG.32", "LDS.32"))
+        yield Rule(rf"decode_members<{dtype},", "STG.128", weights, ("LDG.16" if weights == 4 else "LDG.32", "LDS.32"))
         yield Rule(rf"encode_\w+<{dtype},", "LDG.128", weights, ("LDS.64", "STG.16" if weights == 4 else "STG.32"))
+
+
+    # Of the products a byte_perm finds the two weights of a byte in a table; a trap stands where a card lacks the verbs.
+    for kernel, must in (
+        (r"small_kernel<", ("HMMA", "LDG.64")), (r"linear_tiles<", ("HMMA", "LDS.64")), (r"dx_kernel<\w+, Plan", ("HMMA", "LDS.64")),
+        (r"linear_fwd_kernel<", ("HGMMA", "LDS.64")), (r"bwd_kernel<", ("HGMMA", "LDS.64")),
+    ):  # fmt: skip
+        yield Rule(kernel, "PRMT", 2, must, path=True)
 
 
 RULES = tuple(_rules())
 # Instructions a weight may take, by kernel and architecture.
 LIMITS = {
+    ("decode_members<__nv_bfloat16, true>", "sm_90a"): 8.0,
+    ("small_kernel<__nv_bfloat16, 8, 1>", "sm_90a"): 2.5,
+    ("linear_fwd_kernel<__nv_bfloat16, 128>", "sm_90a"): 4.0,
+    ("linear_fwd_kernel<__nv_bfloat16, 256>", "sm_90a"): 4.0,
+    ("bwd_kernel<__nv_bfloat16, 2>", "sm_90a"): 4.0,
     ("decode_tiles<__nv_bfloat16, true>", "sm_90a"): 8.0,
     ("encode_blocks<__nv_bfloat16, (QuantType)0, 8>", "sm_90a"): 16.0,
 }
@@ -151,9 +174,9 @@ def _dump(what: str, path: Path) -> Iterator[tuple[str, str, str]]:
 
 def disassemble(cubin_path: Path) -> dict[tuple[str, str], list[Instruction]]:
     """(arch, mangled kernel) -> its SASS, of a cubin or of every cubin in a library."""
-    line = re.compile(r"/\*([0-9a-f]{4,})\*/\s+(?:@!?U?P\w+\s+)?([A-Z][\w.]*)([^;]*);")
+    line = re.compile(r"/\*([0-9a-f]{4,})\*/\s+(@!?U?P\w+\s+)?([A-Z][\w.]*)([^;]*);")
     return {
-        (arch, kernel): [Instruction(int(a, 16), opcode, operands.strip()) for a, opcode, operands in line.findall(text)]
+        (arch, kernel): [Instruction(int(a, 16), opcode, operands.strip(), bool(p)) for a, p, opcode, operands in line.findall(text)]
         for arch, kernel, text in _dump("-sass", cubin_path)
     }
 
@@ -180,6 +203,33 @@ def hot_loop(instructions: Sequence[Instruction], must: Sequence[str]) -> list[I
     return min((b for b in bodies if all(any(_is(i.name, name) for i in b) for name in must)), key=len, default=[])
 
 
+def hot_path(loop: Sequence[Instruction], wide: str) -> list[Instruction]:
+    """The way from the loop's head to its back edge that meets the most `wide`, and of those the shortest.
+
+    Branches back inside the loop are taken as not taken.
+    """
+    at = {i.address: n for n, i in enumerate(loop)}
+    # Of the ways from instruction n to the back edge: (how many `wide`, minus how many instructions), and the next one.
+    best: list[tuple[tuple[int, int], int]] = [((-1, 0), 0)] * len(loop)
+    for n in range(len(loop) - 1, -1, -1):
+        i = loop[n]
+        branch = i.opcode.split(".")[0] == "BRA" and n + 1 < len(loop)
+        conditional = i.predicated or bool(re.match(r"!?U?P", i.operands))
+        following = [] if n + 1 == len(loop) or (branch and not conditional) else [n + 1]
+        if branch and (to := at.get(i.target, -1)) > n:
+            following.append(to)
+        met = (int(_is(i.name, wide)), -1)
+        ways = [((best[m][0][0] + met[0], best[m][0][1] + met[1]), m) for m in following if best[m][0][0] >= 0]
+        best[n] = max(ways, default=((-1, 0), 0)) if n + 1 < len(loop) else (met, n)
+    path, n = [], 0
+    while best and best[0][0][0] >= 0:
+        path.append(loop[n])
+        if n + 1 == len(loop):
+            break
+        n = best[n][1]
+    return path
+
+
 def rows_of(cubin_path: Path, compiler: str, rules: Sequence[Rule] = RULES) -> list[KernelRow]:
     """A row for each kernel and architecture of a cubin or library, sorted."""
     resources = resource_usage(cubin_path)
@@ -190,11 +240,13 @@ def rows_of(cubin_path: Path, compiler: str, rules: Sequence[Rule] = RULES) -> l
         listing = [i for i in listing if i.name != "NOP"]
         rule = _rule_of(plain[kernel], rules)
         loop = hot_loop(listing, (rule.wide, *rule.must)) if rule.wide else []
+        loop = hot_path(loop, rule.wide) if rule.path else loop
         weights = rule.weights * sum(_is(i.name, rule.wide) for i in loop)
         local = [int(i.name.split(".")[1]) // 8 for i in listing if i.name.split(".")[0] in ("LDL", "STL")]
         # On sm_80 to sm_89, ptxas writes some loops' exits as calls of what follows the loop.
         text = [i for i in loop if i.name != "CALL" or i.target != loop[-1].address + 16] or listing
         opcodes = Counter(i.name for i in text if _OF_INTEREST.match(i.name))
+        opcodes |= Counter(i.name for i in listing if i.name in FLOAT_ATOMICS)
         has = resources[arch, kernel]
         rows.append(KernelRow(
             plain[kernel], arch, compiler, has.registers, sum(local), has.stack_bytes, has.shared_bytes, len(listing),
@@ -239,7 +291,8 @@ def _is(opcode: str, name: str) -> bool:
 
 
 def _rule_of(kernel: str, rules: Sequence[Rule]) -> Rule:
-    others = Rule(kernel, must_not=tuple(o for o in SLOW if o != "CALL"))  # division has a rare branch that is one
+    # Of a whole kernel: division has a rare branch that is a call, and blocks that share a sum count themselves.
+    others = Rule(kernel, must_not=(*(o for o in SLOW if o not in ("CALL", *_ATOMIC)), *FLOAT_ATOMICS))
     return next((rule for rule in rules if re.match(rule.kernel, kernel)), others)
 
 
