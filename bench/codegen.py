@@ -84,6 +84,7 @@ class Rule:
     must: tuple[str, ...] = ()
     must_not: tuple[str, ...] = SLOW
     path: bool = False
+    archs: str = r"sm_\d+a?"  # where its verbs are; elsewhere the kernel is a trap that nobody launches
 
 
 @dataclass(frozen=True)
@@ -112,11 +113,13 @@ def _rules() -> Iterator[Rule]:
 
 
     # Of the products a byte_perm finds the two weights of a byte in a table; a trap stands where a card lacks the verbs.
-    for kernel, must in (
-        (r"small_kernel<", ("HMMA", "LDG.64")), (r"linear_tiles<", ("HMMA", "LDS.64")), (r"dx_kernel<\w+, Plan", ("HMMA", "LDS.64")),
-        (r"linear_fwd_kernel<", ("HGMMA", "LDS.64")), (r"bwd_kernel<", ("HGMMA", "LDS.64")),
+    mma, wgmma = r"sm_(?!75)\w+", "sm_90a"
+    for kernel, must, archs in (
+        (r"small_kernel<\w+, \d+, 1>", ("HMMA", "LDG.64"), mma), (r"linear_tiles<", ("HMMA", "LDS.64"), mma),
+        (r"dx_kernel<\w+, Plan", ("HMMA", "LDS.64"), mma),
+        (r"linear_fwd_kernel<", ("HGMMA", "LDS.64"), wgmma), (r"bwd_kernel<", ("HGMMA", "LDS.64"), wgmma),
     ):  # fmt: skip
-        yield Rule(kernel, "PRMT", 2, must, path=True)
+        yield Rule(kernel, "PRMT", 2, must, (*(o for o in SLOW if o != "LD"), *FLOAT_ATOMICS), True, archs)
 
 
 RULES = tuple(_rules())
@@ -238,7 +241,7 @@ def rows_of(cubin_path: Path, compiler: str, rules: Sequence[Rule] = RULES) -> l
     rows = []
     for (arch, kernel), listing in listings.items():
         listing = [i for i in listing if i.name != "NOP"]
-        rule = _rule_of(plain[kernel], rules)
+        rule = _rule_of(plain[kernel], arch, rules)
         loop = hot_loop(listing, (rule.wide, *rule.must)) if rule.wide else []
         loop = hot_path(loop, rule.wide) if rule.path else loop
         weights = rule.weights * sum(_is(i.name, rule.wide) for i in loop)
@@ -257,7 +260,7 @@ def rows_of(cubin_path: Path, compiler: str, rules: Sequence[Rule] = RULES) -> l
 
 def faults(row: KernelRow, rules: Sequence[Rule] = RULES) -> list[str]:
     """What is wrong with a kernel whatever it was before, one sentence each."""
-    rule, found = _rule_of(row.kernel, rules), []
+    rule, found = _rule_of(row.kernel, row.arch, rules), []
     if row.spill_bytes or row.stack_bytes:
         found.append(f"{row.spill_bytes} bytes through local memory, stack frame of {row.stack_bytes}")
     if rule.wide and not row.loop_instructions:
@@ -290,10 +293,11 @@ def _is(opcode: str, name: str) -> bool:
     return opcode == name or opcode.startswith(name + ".")
 
 
-def _rule_of(kernel: str, rules: Sequence[Rule]) -> Rule:
-    # Of a whole kernel: division has a rare branch that is a call, and blocks that share a sum count themselves.
-    others = Rule(kernel, must_not=(*(o for o in SLOW if o not in ("CALL", *_ATOMIC)), *FLOAT_ATOMICS))
-    return next((rule for rule in rules if re.match(rule.kernel, kernel)), others)
+def _rule_of(kernel: str, arch: str, rules: Sequence[Rule]) -> Rule:
+    # Of a whole kernel: division has a rare branch that is a call, blocks that share a sum count themselves, and an odd
+    # tail goes through a pointer that may be of either memory.
+    others = Rule(kernel, must_not=(*(o for o in SLOW if o not in ("CALL", "LD", "ST", *_ATOMIC)), *FLOAT_ATOMICS))
+    return next((rule for rule in rules if re.match(rule.kernel, kernel) and re.fullmatch(rule.archs, arch)), others)
 
 
 def main() -> None:

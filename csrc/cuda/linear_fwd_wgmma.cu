@@ -139,6 +139,7 @@ NF4LORA_DEVICE void arrive_full(Shared<kTokens> *shared, uint32_t number) {
 // After the warp's wait for the products that read the stage.
 template <int kTokens>
 NF4LORA_DEVICE void arrive_empty(Shared<kTokens> *shared, uint32_t number) {
+    __syncwarp();  // all lanes have read
     if (threadIdx.x % kLanes == 0)
         mbarrier_arrive(shared->empty + stage_of(number));
 }
@@ -215,8 +216,8 @@ struct Producer {
         const Weight &w = p.member[tile.member].w;
         const int me = threadIdx.x - kConsumers, lane = me % kLanes, warp = me / kLanes % kWarps;
         crew = me / kThreads;
-        // Eight lanes store to eight tokens in different banks; the next eight load the other half of the same sectors.
-        const int half = lane / 8 % 2, token = warp * 16 + lane % 8 + lane / 16 * 8;
+        // Two lanes load whole sectors of a token; eight store to four tokens, both halves, in different banks.
+        const int half = lane % 2, token = warp * 16 + lane / 2;
 #pragma unroll
         for (int i = 0; i < kMyTokens; ++i) {  // beyond M: the last one again, for a column of y that nobody stores
             const int64_t from = tile.token0 + smaller(token + kTokensApart * i, tile.tokens - 1);

@@ -415,7 +415,7 @@ def _launch(config: Config, path: int) -> Structure:
     return _abi().CudaConfig(path, config.tokens, config.rows, config.split)
 
 
-def _beside(of: list[np.ndarray], ranks: tuple[int, ...]) -> list[np.ndarray]:
+def _beside(of: np.ndarray, ranks: tuple[int, ...]) -> list[np.ndarray]:
     """Columns of each member."""
     return np.split(of, np.cumsum(ranks)[:-1], axis=1)
 
@@ -425,13 +425,14 @@ def forward(device: Device, seed: int, function: str, config: Config) -> None:
     linears, (M, K, r) = config.linears(), (config.M, config.K, sum(config.r))
     x = integers((M, K), 8, 14)
     xa = to_bf16(np.concatenate([x @ of.A.T for of in linears], 1))
-    lora = [of.scaling * part @ of.B.T for of, part in zip(linears, _beside(from_bf16(xa).astype(float), config.r), strict=True)]
-    y = np.concatenate([x @ of.W.T + of.bias + part for of, part in zip(linears, lora, strict=True)], 1)
+    parts = zip(linears, _beside(from_bf16(xa).astype(np.float64), config.r), strict=True)
+    y = np.concatenate([x @ of.W.T + of.bias + of.scaling * part @ of.B.T for of, part in parts], 1)
     dense, ld = function == "decode_group", -(-(K + r) // 8) * 8
     with device.memory(seed, config.resident):
         fields: dict[str, Any] = config.sizes() | {"x_dtype": 1, "bias_dtype": 1, "A_dtype": 0, "B_dtype": 0}
-        fields |= {"member": _members(device, config, linears), "x": device.put("x", to_bf16(x)), "ld": ld if dense else K}
-        out, expected = {}, {}
+        fields |= {"member": _members(device, config, linears), "x": device.put("x", to_bf16(x))}
+        fields["ld"] = ld if dense else K
+        expected = {}
         if dense:
             expected["decoded"] = np.zeros((len(y[0]), ld))
             expected["decoded"][:, :K] = np.concatenate([of.W for of in linears])
@@ -478,11 +479,12 @@ def backward(device: Device, seed: int, function: str, config: Config) -> None:
 
 
 def lora_backward(device: Device, seed: int, config: Config) -> None:
+    """dyb, dA and dB."""
     linears, M, K = config.linears(), config.M, config.K
     x, dy = integers((M, K), 8, 14), [integers((M, N), 8, 15 + i) for i, N in enumerate(config.N)]
     xa = [integers((M, r), 8, 18 + i) for i, r in enumerate(config.r)]
     dyb = to_bf16(np.concatenate([of.scaling * d @ of.B for d, of in zip(dy, linears, strict=True)], 1))
-    dA = [part.T @ x for part in _beside(from_bf16(dyb).astype(float), config.r)]
+    dA = [part.T @ x for part in _beside(from_bf16(dyb).astype(np.float64), config.r)]
     dB = [of.scaling * d.T @ part for of, d, part in zip(linears, dy, xa, strict=True)]
     with device.memory(seed, config.resident):
         out = {"dA": [device.empty("dA", v.shape, np.float32) for v in dA],
@@ -508,7 +510,8 @@ def swiglu(device: Device, seed: int, M: int, N: int, shift: int) -> None:
     for name, expected in (("fwd", h), ("bwd", gradient)):
         with device.memory(seed):
             out = device.empty("out", expected.shape, np.uint16)
-            operands = {"gate_up": device.put("gate_up", to_bf16(np.concatenate([gate, up], 1)), shift=shift), "out": out}
+            gate_up = device.put("gate_up", to_bf16(np.concatenate([gate, up], 1)), shift=shift)
+            operands = {"gate_up": gate_up, "out": out}
             if name == "bwd":
                 operands["dh"] = device.put("dh", to_bf16(dh))
             params = _params(_abi().SwigluParams, **operands, M=M, N=N, dtype=1, workers=2)
@@ -556,7 +559,7 @@ CASES: dict[str, tuple[Call, ...]] = {
     ),
     "linear_bwd_wgmma": (
         (backward, ("linear_bwd_wgmma", Config(70, (136, 330), 192, (3, 40), tokens=128))),
-        (backward, ("linear_bwd_wgmma", Config(20, (136,), 64, (0,), tokens=128, split=2, nested=False))),
+        (backward, ("linear_bwd_wgmma", Config(20, (520,), 64, (0,), tokens=128, split=2, nested=False))),
     ),
     "decode_group": (
         (forward, ("decode_group", Config(1, (40, 33, 70), 256, (3, 4, 5), split=2))),
@@ -564,7 +567,7 @@ CASES: dict[str, tuple[Call, ...]] = {
     ),
     "lora_fwd": ((forward, ("lora_fwd", Config(70, (16, 16), 264, (13, 3), split=2))),),
     "lora_bwd": ((lora_backward, (Config(130, (520,), 136, (16,), split=2),)),),
-    "lora_dx": ((backward, ("lora_dx", Config(20, (8, 8), 136, (17, 60))),),),
+    "lora_dx": ((backward, ("lora_dx", Config(20, (8, 8), 136, (17, 60)))),),
     "swiglu": ((swiglu, (5, 24, 0)), (swiglu, (5, 17, 0))),
     "swiglu_unaligned": ((swiglu, (5, 24, 2)),),
 }
