@@ -201,7 +201,7 @@ def _machine_code(rows: list[dict[str, Any]]) -> str:
     for kernel, title in _MACHINE_CODE.items():
         for compiler in sorted({row["compiler"] for row in shown if row["kernel"] == kernel}):
             of = {row["arch"]: row for row in shown if (row["kernel"], row["compiler"]) == (kernel, compiler)}
-            counts = [f"{of[arch]['instructions_per_weight']:.1f}" if arch in of else "–" for arch in archs]
+            counts = [f"{n:.1f}" if arch in of and (n := of[arch]["instructions_per_weight"]) else "–" for arch in archs]
             lines.append([title, compiler, str(max(row["registers"] for row in of.values())), *counts])
     return table(["instructions a weight", "compiler", "registers", *archs], lines)
 
