@@ -358,7 +358,7 @@ def test_the_rows_run_under_pytest_benchmark():
 
 
 def test_the_sanitizers_driver_compares_with_the_reference(monkeypatch, capsys):
-    assert sanitize.check("cpu", "cpu") == (240, 0)
+    assert sanitize.check("cpu", "cpu") == (288, 0)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     assert sanitize.main(["cuda"]) == 1 and "cuda: absent" in capsys.readouterr().out
 

@@ -9,7 +9,7 @@ from cuda_on_host import bugs, build, driver
 
 @pytest.fixture(scope="module")
 def found(figures):
-    """All planted bugs under all builds, run once."""
+    """All planted bugs under their builds, run once."""
     results = bugs.try_out_all()
     for variant in build.VARIANTS:
         figures[f"planted kernel bugs found by the {variant} build"] += sum(variant in f.by for f in results.values())
