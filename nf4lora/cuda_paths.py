@@ -1,6 +1,7 @@
 """Which path a CUDA linear takes, and its tiles: the best that takes the operands, or the one that was forced."""
 
 from collections.abc import Sequence
+from functools import cache
 from typing import Any
 
 import torch
@@ -18,9 +19,11 @@ WIDE = 16  # bytes of the widest load
 class CudaPaths(Library):
     """The `why_not` and `configure` of the linear's rows; a single linear and a group differ in their argument lists alone."""
 
+    @cache
     def capability(self, device: torch.device) -> tuple[int, int]:
         return torch.cuda.get_device_capability(device)
 
+    @cache
     def multiprocessors(self, device: torch.device) -> int:
         return torch.cuda.get_device_properties(device).multi_processor_count
 
@@ -58,8 +61,17 @@ class CudaPaths(Library):
         reason = None if path is None else self._unfit_path(path, first, K, packed)
         return None if reason is None else f"path {backends.forced_path()}: {reason}"
 
+    def _unfit_lora(self, first: Tensor, lora_A: Any) -> str | None:
+        """The kernels of a 16-bit adapter want tensor cores that read bfloat16."""
+        capability = self.capability(first.device)
+        if lora_A is None or isinstance(lora_A, list) and not lora_A or first.dtype == torch.float32 or capability >= (8, 0):
+            return None
+        return f"LoRA in {first.dtype}: found a device of capability {capability}, wanted 8.0 or newer"
+
     def _linear_fwd_why_not(self, *args: Any) -> str | None:
-        return self.why_not(*args) or (self._forced_unfit(args[0], args[0].shape[1], as_list(args[1])) if args else None)
+        if reason := self.why_not(*args):
+            return reason
+        return self._unfit_lora(args[0], args[6]) or self._forced_unfit(args[0], args[0].shape[1], as_list(args[1])) if args else None
 
     _group_fwd_why_not = _linear_fwd_why_not
 
@@ -70,16 +82,25 @@ class CudaPaths(Library):
     _group_fwd_config = _linear_fwd_config
 
     def _linear_bwd_why_not(self, *args: Any) -> str | None:
-        return self.why_not(*args) or (self._forced_unfit(args[0], args[8], as_list(args[1])) if args else None)
+        if reason := self.why_not(*args):
+            return reason
+        return self._unfit_lora(args[0], args[5]) or self._forced_unfit(args[0], args[8], as_list(args[1])) if args else None
 
     def _linear_bwd_config(self, dy: Tensor, packed: Any, *args: Any) -> CudaLinearConfig:
         return self._choose("linear_bwd", dy, dy.shape[1], args[6], as_list(packed))
 
     def _group_bwd_why_not(self, *args: Any) -> str | None:
-        return self.why_not(*args) or (self._forced_unfit(args[0], args[9], args[1]) if args else None)
+        if reason := self.why_not(*args):
+            return reason
+        return self._unfit_lora(args[0], args[5]) or self._forced_unfit(args[0], args[9], args[1]) if args else None
 
     def _group_bwd_config(self, dy: Tensor, packed: Any, *args: Any) -> CudaLinearConfig:
         return self._linear_bwd_config(dy, packed, *args[:6], args[7])
+
+    def _lora_bwd_why_not(self, *args: Any) -> str | None:
+        return self.why_not(*args) or (self._unfit_lora(args[0], args[3]) if args else None)
+
+    _group_lora_bwd_why_not = _lora_bwd_why_not
 
     def _lora_bwd_config(self, dy: Tensor, *args: Any) -> int:
         return heuristics.cuda_lora_bwd(*dy.shape, self.multiprocessors(dy.device))

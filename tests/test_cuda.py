@@ -4,7 +4,8 @@ every back end's are, in test_quantize.py, test_dequantize.py and test_bitsandby
 import pytest
 import torch
 
-from nf4lora import backends, dequantize_4bit, ops, quantize_4bit, reference, staging
+from nf4lora import backends, dequantize_4bit, linear_4bit, ops, quantize_4bit, reference, staging
+from nf4lora.cases import random_case
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
 SHAPE = (1024, 4096)
@@ -108,6 +109,90 @@ def test_launches(gpu):
     assert len(kernels_of(lambda: dequantize_4bit(packed, state))) == 1
     assert len(kernels_of(lambda: quantize_4bit(a, check_finite=False))) == 1
     assert len(kernels_of(lambda: quantize_4bit(a, compress_statistics=True, check_finite=False))) <= 3
+
+
+PATHS = ("small", "mma", "wgmma", "dense")
+
+
+@pytest.fixture(params=PATHS)
+def linear(request):
+    """A layer's forward and backward on one path of the linear: (x, a call that gives y, dx, dA, dB)."""
+    path = request.param
+    if path == "wgmma" and torch.cuda.get_device_capability()[0] != 9:
+        pytest.skip("wgmma is of sm_90a")
+    case = random_case({"small": 8, "mma": 96, "wgmma": 96, "dense": 300}[path], 512, 1024, 16, torch.bfloat16, device="cuda")
+    x, A, B = (t.clone().requires_grad_() for t in (case.x, case.lora_A, case.lora_B))
+
+    def run():
+        with backends.use_backend("cuda", path):
+            y = linear_4bit(x, case.packed, case.state, case.bias, A, B, case.scaling)
+            return y.detach(), *torch.autograd.grad(y, (x, A, B), case.dy)
+
+    with backends.use_backend("cuda", path):
+        yield x, run
+
+
+def test_the_linear_runs_on_the_current_stream(linear):
+    x, run = linear
+    wanted, values, side = run(), x.detach().clone(), torch.cuda.Stream()
+    with torch.no_grad():
+        x.zero_()
+    torch.cuda.synchronize()
+    with torch.cuda.stream(side):
+        torch.cuda._sleep(200_000_000)
+        with torch.no_grad():
+            x.copy_(values)
+        found = run()
+    side.synchronize()
+    assert equal(found, wanted)
+
+
+def test_row_38_a_graph_of_the_linear_equals_eager_bit_for_bit(linear):
+    x, run = linear
+    side = torch.cuda.Stream()
+    side.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(side):
+        run()
+    torch.cuda.current_stream().wait_stream(side)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        captured = run()
+    for seed in (1, 2):
+        with torch.no_grad():
+            x.copy_(weight(tuple(x.shape), seed=seed))
+        graph.replay()
+        assert equal(captured, run())
+
+
+def test_nothing_of_the_linear_synchronizes(linear):
+    _, run = linear
+    run()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        run()
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+
+
+def test_the_linear_gives_equal_bits_every_time(linear):
+    _, run = linear
+    wanted = run()
+    assert all(equal(run(), wanted) for _ in range(100))
+
+
+@pytest.mark.parametrize("path", PATHS)
+def test_launches_of_the_linear(path):
+    """At most 3 forward and 4 backward, of the fused paths; the dense path's product and its addend are the library's."""
+    if path == "wgmma" and torch.cuda.get_device_capability()[0] != 9:
+        pytest.skip("wgmma is of sm_90a")
+    case = random_case(96, 512, 1024, 16, torch.bfloat16, bias=False, device="cuda")
+    x, A, B = (t.clone().requires_grad_() for t in (case.x, case.lora_A, case.lora_B))
+    with backends.use_backend("cuda", path):
+        forward = lambda: linear_4bit(x, case.packed, case.state, None, A, B, case.scaling)  # noqa: E731
+        assert len(kernels_of(forward)) <= 3
+        y = forward()
+        backward = lambda: torch.autograd.grad(y, (x, A, B), case.dy, retain_graph=True)  # noqa: E731
+        assert len(kernels_of(backward)) <= (5 if path == "dense" else 4)
 
 
 def test_repeats_give_equal_bits(gpu):

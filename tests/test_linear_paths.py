@@ -3,6 +3,8 @@ checker, where every output lies between guard bytes and starts as NaN; with a G
 
 import random
 
+import hypothesis
+import hypothesis.strategies as st
 import pytest
 import torch
 from cuda_on_host import backend as cuda_on_host
@@ -231,6 +233,31 @@ def test_the_wgmma_path_is_for_hopper_only(monkeypatch):
         linear_4bit(x, packed, state)
     with pytest.raises(ValueError, match="path: found 'fast'"), backends.use_backend("cpu", "fast"):
         pass
+
+
+def test_a_card_without_bfloat16_takes_dense_and_leaves_adapters_to_others(monkeypatch):
+    monkeypatch.setattr(cuda_on_host.Machine, "capability", lambda self, device: (7, 5))
+    packed, state = quantize_4bit(torch.randn(16, 64))
+    A, B = torch.randn(3, 64), torch.randn(16, 3)
+    with force("cuda_on_host"):
+        for dtype in SIXTEEN:
+            x = torch.randn(4, 64).to(dtype)
+            assert linear_4bit(x, packed, state).shape == (4, 16)
+            with pytest.raises(NotImplementedError, match=r"LoRA in .*capability \(7, 5\), wanted 8.0"):
+                linear_4bit(x, packed, state, lora_A=A, lora_B=B)
+        y = linear_4bit(torch.randn(4, 64), packed, state, lora_A=A.requires_grad_(), lora_B=B)
+        y.sum().backward()
+        assert A.grad.isfinite().all()
+
+
+@hypothesis.given(
+    M=st.integers(0, 140), N=st.integers(1, 140), blocks=st.integers(1, 5), r=st.integers(0, 40), p=st.sampled_from((0.0, 0.5)),
+    dtype=st.sampled_from(SIXTEEN), where=st.sampled_from(("small", "mma", "wgmma")), blocksize=st.sampled_from((32, 64, 256, 4096)),
+    quant_type=st.sampled_from(QUANT_TYPES), nested=st.booleans(), bias=st.booleans(), seed=st.integers(0, 2**20),
+)  # fmt: skip
+def test_any_operands_are_exact_on_every_path(M, N, blocks, r, p, dtype, where, blocksize, quant_type, nested, bias, seed):
+    with force("cuda_on_host", where):
+        check_exact(exact_case(M, N, 64 * blocks, r, dtype, torch.float32, bias, blocksize, quant_type, nested, p, seed))
 
 
 def test_the_best_path_for_every_M():
