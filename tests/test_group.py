@@ -146,6 +146,17 @@ def test_the_module(cpu):
     assert group(x[:, :0])[0].shape == (2, 0, 40)
 
 
+def test_row_35_compiled_without_a_break(cpu):
+    q, k, v = layers()
+    group, x = NF4LoRALinearGroup(q=q, k=k, v=v), torch.randn(5, 64, requires_grad=True)
+    mlp = NF4LoRAGatedMLP(*(NF4LoRALinear.from_linear(torch.nn.Linear(64, 32, bias=False), r=4) for _ in range(2)), torch.nn.Linear(32, 64))
+    for call in (lambda x: sum(y.square().sum() for y in group(x)), lambda x: mlp(x).square().sum()):
+        wanted = call(x)
+        (gradient,) = torch.autograd.grad(wanted, x)
+        found = torch.compile(call, fullgraph=True, backend="aot_eager")(x)
+        assert torch.allclose(found, wanted) and torch.allclose(torch.autograd.grad(found, x)[0], gradient)
+
+
 def test_dropout_is_one_mask_for_all_and_off_in_eval(cpu):
     q, k = layers(2, lora_dropout=0.5)
     group = NF4LoRALinearGroup(q=q, k=k).eval()
