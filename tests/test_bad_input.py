@@ -25,7 +25,7 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 import nf4lora
-from nf4lora import NF4Linear, NF4LoRALinear, QuantState, dequantize_4bit, linear_4bit, native, ops, quantize_4bit
+from nf4lora import NF4Linear, NF4LoRALinear, QuantState, dequantize_4bit, linear_4bit, native, ops, quantize_4bit, triton_rows
 from nf4lora.backends import report, use_backend
 from nf4lora.quant_error import quantization_error
 from nf4lora.testing import assert_error_ratio
@@ -960,6 +960,7 @@ def test_row42_no_gpu_and_no_library(library, tmp_path):
     if library != "absent":
         (package / "libnf4lora_cpu.so").write_bytes(b"\x7fELF and then nothing of use")
     env = {**os.environ, "CUDA_VISIBLE_DEVICES": "", "PYTHONPATH": str(tmp_path), "OMP_NUM_THREADS": "1"}
+    env.pop("TRITON_INTERPRET", None)  # in its interpreter Triton would run on this machine
     done = subprocess.run(
         [sys.executable, "-c", PROBE, str(tmp_path)],
         check=False, env=env, cwd=tmp_path, capture_output=True, text=True, timeout=300,
@@ -977,7 +978,8 @@ def test_row42_no_gpu_and_no_library(library, tmp_path):
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="this machine has a GPU")
 @pytest.mark.parametrize("name", ["cuda", "triton"])
-def test_row42_a_forced_back_end_never_falls_back(name):
+def test_row42_a_forced_back_end_never_falls_back(name, monkeypatch):
+    monkeypatch.setattr(triton_rows, "interpreted", lambda: False)
     layer = make()
     with unchanged(layer), use_backend(name), refuses(NotImplementedError, "nf4lora::linear_fwd on cpu", f"{name}: "):
         layer(torch.randn(2, 96))
