@@ -114,25 +114,13 @@ NF4LORA_DEVICE uint4 load_quad(const void *p, int32_t dtype, int64_t at, int64_t
 }
 
 template <class T>
-NF4LORA_DEVICE float2 unpack(uint32_t pair);  // the lower half first
-template <>
-NF4LORA_DEVICE float2 unpack<__nv_bfloat16>(uint32_t pair) {
-    return make_float2(__uint_as_float(pair << 16), __uint_as_float(pair & 0xffff0000u));
-}
-template <>
-NF4LORA_DEVICE float2 unpack<__half>(uint32_t pair) {
-    return make_float2(__half2float(__ushort_as_half(static_cast<uint16_t>(pair))),
-                       __half2float(__ushort_as_half(static_cast<uint16_t>(pair >> 16))));
-}
-
-template <class T>
 NF4LORA_DEVICE uint2 round_quad(uint4 raw, int32_t dtype) {
     if (dtype == kFloat32)
         return make_uint2(round_pair<T>(__uint_as_float(raw.x), __uint_as_float(raw.y)),
                           round_pair<T>(__uint_as_float(raw.z), __uint_as_float(raw.w)));
     const bool bf16 = dtype == kBFloat16;
-    const float2 low = bf16 ? unpack<__nv_bfloat16>(raw.x) : unpack<__half>(raw.x);
-    const float2 high = bf16 ? unpack<__nv_bfloat16>(raw.y) : unpack<__half>(raw.y);
+    const float2 low = bf16 ? unpack_pair<__nv_bfloat16>(raw.x) : unpack_pair<__half>(raw.x);
+    const float2 high = bf16 ? unpack_pair<__nv_bfloat16>(raw.y) : unpack_pair<__half>(raw.y);
     return make_uint2(round_pair<T>(low.x, low.y), round_pair<T>(high.x, high.y));
 }
 
