@@ -124,6 +124,7 @@ struct LoraBwdParams {
 // whose outputs stand side by side. A single linear is a group of one.
 
 constexpr int kMaxGroup = 3;
+constexpr int64_t kCounters = 1 << 18;
 
 // SMALL streams the codes once for up to 64 tokens a tile, MMA and WGMMA are tiled products with decoded fragments,
 // DENSE decodes the whole weight into memory of the caller, who multiplies.
@@ -144,6 +145,8 @@ struct Member {
     const void *lora_B;  // B_dtype [N_i, r_i], likewise
     void *dA;            // A_dtype [r_i, K], out of lora_bwd, null for all or for none
     void *dB;            // B_dtype [N_i, r_i], likewise
+    const void *dy;      // lora_bwd: dtype [M, N_i], rows ld_dy elements apart
+    int64_t ld_dy;
     int64_t r;
     float scaling;
 };
@@ -158,6 +161,7 @@ struct GroupFwdParams {
     void *x_ext;      // DENSE, may be null: x_dtype [M, ld], out: columns x | xa | zeros
     void *decoded;    // DENSE: x_dtype [N, ld], out: columns W | scaling_i * B_i in member i's columns of xa, else zeros
     void *workspace;  // nf4lora_cuda_linear_fwd_workspace(p) bytes, 256-byte aligned, of any content; null for 0
+    uint32_t *counters;  // kCounters zeros, which every launch leaves as zeros
     int64_t count;    // members, 1 to kMaxGroup
     int64_t M;
     int64_t N;        // sum of the members' rows
@@ -177,17 +181,18 @@ struct GroupBwdParams {
     Member member[kMaxGroup];
     const void *dy;   // dy_dtype [M, N]
     const void *dyb;  // dy_dtype [M, r], may be null (then r = 0)
-    void *dx;         // dy_dtype [M, K], out; DENSE: dropout_mask * (dyb A) where there is dropout, else left alone
-    void *decoded;    // DENSE: dy_dtype [N, K], out; with `extend` [N + r, K], A's rows below
+    void *dx;         // dy_dtype [M, K], out; DENSE: dropout_mask * (dyb A) where r > 0 and ld is N, else left alone
+    void *decoded;    // DENSE: dy_dtype [ld, K], out: rows W | A | zeros
     void *workspace;  // nf4lora_cuda_linear_bwd_workspace(p) bytes, 256-byte aligned, of any content; null for 0
+    uint32_t *counters;  // as in GroupFwdParams
     int64_t count;
     int64_t M;
     int64_t N;
     int64_t K;
     int64_t r;
+    int64_t ld;       // DENSE: N, or N + r rounded up to a multiple of 8
     int32_t dy_dtype;
     int32_t A_dtype;
-    int32_t extend;
     Dropout dropout;
     CudaConfig config;
 };
@@ -199,12 +204,16 @@ struct GroupLoraBwdParams {
     const void *x;    // dtype [M, K], null where dA is
     const void *xa;   // dtype [M, r], null where dB is
     void *dyb;        // dtype [M, r], out
+    void *dy_ext;     // may be null: dtype [M, ld], out: columns dy_0 | dy_1 | …, and where ld > N dyb and zeros
+    void *dx;         // may be null: dtype [M, K], out: sum of dropout_mask * (dyb_i A_i); needs dA
     void *workspace;  // nf4lora_cuda_lora_bwd_workspace(p) bytes, 256-byte aligned, of any content; null for 0
+    uint32_t *counters;  // as in GroupFwdParams
     int64_t count;
     int64_t M;
     int64_t N;
     int64_t K;
     int64_t r;
+    int64_t ld;       // N, or N + r rounded up to a multiple of 8
     int32_t dtype;
     int32_t A_dtype;
     int32_t B_dtype;

@@ -123,6 +123,13 @@ NF4LORA_DEVICE uint32_t atomic_add_acq_rel(uint32_t *p, uint32_t v) {
     return before;
 }
 
+// Adds one, or from `last` on starts at zero again. Returns the value before.
+NF4LORA_DEVICE uint32_t atomic_inc_acq_rel(uint32_t *p, uint32_t last) {
+    uint32_t before;
+    asm volatile("atom.acq_rel.gpu.global.inc.u32 %0, [%1], %2;" : "=r"(before) : "l"(p), "r"(last) : "memory");
+    return before;
+}
+
 // Waits until *p is v. The block that stores v must be running or finished: launch no more blocks than the card holds,
 // or let blocks wait only for lower block indices.
 NF4LORA_DEVICE void wait_acquire(const uint32_t *p, uint32_t v) {

@@ -172,12 +172,12 @@ NF4LORA_DEVICE Place place_of(const Params &p, int64_t row) {
 
 // ---- reductions that several blocks split
 
-// True in the block that comes last of `parts` to *counter, which starts as 0: what every block of them stored before is
-// then visible to all its threads. One word of shared memory at `word`; all threads of the block call.
+// True in the block that comes last of `parts` to *counter, which starts as 0 and then is 0 again: what every block of
+// them stored before is visible to all its threads. One word of shared memory at `word`; all threads of the block call.
 NF4LORA_DEVICE bool comes_last(uint32_t *counter, uint32_t parts, uint32_t *word) {
     __syncthreads();  // all have stored
     if (threadIdx.x == 0)
-        *word = atomic_add_acq_rel(counter, 1);
+        *word = atomic_inc_acq_rel(counter, parts - 1);
     __syncthreads();
     return *word + 1 == parts;
 }

@@ -54,30 +54,32 @@ class CudaConfig(Structure):
 
 
 class Member(Structure):
-    _fields_ = [("w", Weight), ("bias", _P), ("lora_A", _P), ("lora_B", _P), ("dA", _P), ("dB", _P), ("r", _L),
-                ("scaling", c_float)]  # fmt: skip
+    _fields_ = [("w", Weight), ("bias", _P), ("lora_A", _P), ("lora_B", _P), ("dA", _P), ("dB", _P), ("dy", _P),
+                ("ld_dy", _L), ("r", _L), ("scaling", c_float)]  # fmt: skip
 
 
 MAX_GROUP = 3
+COUNTERS = 1 << 18  # kCounters
 
 
 class GroupFwdParams(Structure):
     _fields_ = [("member", Member * MAX_GROUP), ("x", _P), ("y", _P), ("xa", _P), ("x_ext", _P), ("decoded", _P),
-                ("workspace", _P), ("count", _L), ("M", _L), ("N", _L), ("K", _L), ("r", _L), ("ld", _L),
-                ("x_dtype", _I), ("bias_dtype", _I), ("A_dtype", _I), ("B_dtype", _I), ("dropout", Dropout),
-                ("config", CudaConfig)]  # fmt: skip
+                ("workspace", _P), ("counters", _P), ("count", _L), ("M", _L), ("N", _L), ("K", _L), ("r", _L),
+                ("ld", _L), ("x_dtype", _I), ("bias_dtype", _I), ("A_dtype", _I), ("B_dtype", _I),
+                ("dropout", Dropout), ("config", CudaConfig)]  # fmt: skip
 
 
 class GroupBwdParams(Structure):
     _fields_ = [("member", Member * MAX_GROUP), ("dy", _P), ("dyb", _P), ("dx", _P), ("decoded", _P), ("workspace", _P),
-                ("count", _L), ("M", _L), ("N", _L), ("K", _L), ("r", _L), ("dy_dtype", _I), ("A_dtype", _I),
-                ("extend", _I), ("dropout", Dropout), ("config", CudaConfig)]  # fmt: skip
+                ("counters", _P), ("count", _L), ("M", _L), ("N", _L), ("K", _L), ("r", _L), ("ld", _L),
+                ("dy_dtype", _I), ("A_dtype", _I), ("dropout", Dropout), ("config", CudaConfig)]  # fmt: skip
 
 
 class GroupLoraBwdParams(Structure):
-    _fields_ = [("member", Member * MAX_GROUP), ("dy", _P), ("x", _P), ("xa", _P), ("dyb", _P), ("workspace", _P),
-                ("count", _L), ("M", _L), ("N", _L), ("K", _L), ("r", _L), ("dtype", _I), ("A_dtype", _I),
-                ("B_dtype", _I), ("split", _I), ("dropout", Dropout)]  # fmt: skip
+    _fields_ = [("member", Member * MAX_GROUP), ("dy", _P), ("x", _P), ("xa", _P), ("dyb", _P), ("dy_ext", _P),
+                ("dx", _P), ("workspace", _P), ("counters", _P), ("count", _L), ("M", _L), ("N", _L), ("K", _L),
+                ("r", _L), ("ld", _L), ("dtype", _I), ("A_dtype", _I), ("B_dtype", _I), ("split", _I),
+                ("dropout", Dropout)]  # fmt: skip
 
 
 class SwigluParams(Structure):

@@ -18,7 +18,7 @@ class CudaLinear(CudaPaths):
 
     def _workspace(self, name: str, params: Any, like: Tensor) -> Tensor | None:
         """Scratch that the launch asks for; the caller keeps it alive until the launch is made."""
-        params.workspace = None
+        params.workspace, params.counters = None, self.counters(like.device)
         if size := self.workspace_bytes(name, params):
             scratch = self.empty(like, (size,), torch.uint8)
             params.workspace = self.pointer(scratch)
@@ -77,7 +77,7 @@ class CudaLinear(CudaPaths):
         members = self._members(packed, absmax, nested_absmax, offset, N, K, blocksize, quant_type,
                                 bias=bias, lora_A=lora_A, lora_B=lora_B, r=ranks, scaling=scaling)  # fmt: skip
         first = [_code(t[0] if t else None) for t in (bias, lora_A, lora_B)]
-        params = GroupFwdParams(members, *map(self.pointer, (x, y, xa, x_ext, decoded)), None, len(N), M, total, K, r, ld,
+        params = GroupFwdParams(members, *map(self.pointer, (x, y, xa, x_ext, decoded)), None, None, len(N), M, total, K, r, ld,
                                 _code(x), *first, Dropout(self.pointer(seed), dropout_p), _config(config))  # fmt: skip
         if M and total:
             scratch = self._workspace("linear_fwd", params, x)  # noqa: F841
@@ -104,9 +104,9 @@ class CudaLinear(CudaPaths):
         dx = self.empty(dy, (M, K), dy.dtype) if into else dy.new_empty(0)
         decoded = self.empty(dy, (total + r * extend, K), dy.dtype) if dense else None
         members = self._members(packed, absmax, nested_absmax, offset, N, K, blocksize, quant_type, lora_A=lora_A, r=ranks)
-        params = GroupBwdParams(members, *map(self.pointer, (dy, dyb, dx, decoded)), None, len(N), M, total, K, r, _code(dy),
-                                _code(lora_A[0] if lora_A else None), extend, Dropout(self.pointer(seed), dropout_p),
-                                _config(config))  # fmt: skip
+        params = GroupBwdParams(members, *map(self.pointer, (dy, dyb, dx, decoded)), None, None, len(N), M, total, K, r,
+                                total + r * extend, _code(dy), _code(lora_A[0] if lora_A else None),
+                                Dropout(self.pointer(seed), dropout_p), _config(config))  # fmt: skip
         if M and K:
             scratch = self._workspace("linear_bwd", params, dy)  # noqa: F841
             self.run("linear_bwd", params, dy.device)
@@ -133,8 +133,8 @@ class CudaLinear(CudaPaths):
         members = self._members([], [], [], [], N, K, 0, "nf4", lora_B=lora_B, dA=dA, dB=dB, r=ranks, scaling=scaling)
         for member, rows in zip(members, N, strict=False):
             member.w.rows = rows
-        params = GroupLoraBwdParams(members, *map(self.pointer, (dy, x, xa, dyb)), None, len(N), M, sum(N), K, sum(ranks),
-                                    _code(dy), _code(lora_A[0]), _code(lora_B[0]), split,
+        params = GroupLoraBwdParams(members, *map(self.pointer, (dy, x, xa, dyb)), None, None, None, None, len(N), M, sum(N), K, sum(ranks),
+                                    sum(N), _code(dy), _code(lora_A[0]), _code(lora_B[0]), split,
                                     Dropout(self.pointer(seed), dropout_p))  # fmt: skip
         scratch = self._workspace("lora_bwd", params, dy)  # noqa: F841
         self.run("lora_bwd", params, dy.device)

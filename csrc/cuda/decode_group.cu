@@ -301,7 +301,7 @@ const char *decode_group(const GroupFwdParams &p, void *stream) {
 const char *decode_group(const GroupBwdParams &p, void *stream) {
     Job job{};
     job.ld = p.K;
-    job.below = p.extend ? p.r : 0;
+    job.below = p.ld - p.N;
     return decode(p, job, p.dy_dtype, stream);
 }
 

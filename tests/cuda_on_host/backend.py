@@ -13,6 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from nf4lora.abi import COUNTERS
 from nf4lora.native import Library
 from nf4lora.native_cuda import CudaLibrary
 
@@ -65,6 +66,11 @@ class Machine(CudaLibrary):
             self._call().operands.append(t)
         return super().pointer(t)
 
+    def counters(self, device: torch.device) -> int | None:
+        call = self._call()
+        call.counters = torch.zeros(COUNTERS // 16, dtype=torch.int32)  # the checker is slow with more
+        return self.pointer(call.counters)
+
     def run(self, name: str, params: Structure, device: torch.device) -> None:
         call, self._mine.call = self._call(), None
         machine = self.load()[0]
@@ -81,6 +87,8 @@ class Machine(CudaLibrary):
             finally:
                 machine.cuda_on_host_forget_all()
         self._raise_if(name, message)
+        if call.counters is not None and call.counters.any():
+            raise RuntimeError(f"nf4lora {self.backend} {name}: left counters that are not zero")
         for memory, first, nbytes in call.outputs.values():
             if (memory[:first] != _GUARD_BYTE).any() or (memory[first + nbytes :] != _GUARD_BYTE).any():
                 raise RuntimeError(f"nf4lora {self.backend} {name}: bytes beside an output of {nbytes} bytes were written")
@@ -94,6 +102,7 @@ class Machine(CudaLibrary):
 class _Call:
     def __init__(self) -> None:
         self.operands: list[Tensor] = []
+        self.counters: Tensor | None = None
         self.outputs: dict[int, tuple[np.ndarray, int, int]] = {}
 
 

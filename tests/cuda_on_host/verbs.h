@@ -386,6 +386,14 @@ CUDA_ON_HOST_UNSEEN uint32_t atomic_add_acq_rel(uint32_t *p, uint32_t v, Caller 
     return before;
 }
 
+CUDA_ON_HOST_UNSEEN uint32_t atomic_inc_acq_rel(uint32_t *p, uint32_t last, Caller at = here()) {
+    sanitize(p, sizeof *p, Access::kWrite);
+    const uint32_t before = *static_cast<volatile uint32_t *>(p);
+    *static_cast<volatile uint32_t *>(p) = before >= last ? 0 : before + 1;
+    access(p, sizeof *p, Access::kAtomic, at);
+    return before;
+}
+
 CUDA_ON_HOST_UNSEEN void wait_acquire(const uint32_t *p, uint32_t v, Caller at = here()) {
     sanitize(p, sizeof *p, Access::kRead);
     Flag flag{p, v};
@@ -594,6 +602,7 @@ using cuda_on_host::verbs::store_stream;
 using cuda_on_host::verbs::load_acquire;
 using cuda_on_host::verbs::store_release;
 using cuda_on_host::verbs::atomic_add_acq_rel;
+using cuda_on_host::verbs::atomic_inc_acq_rel;
 using cuda_on_host::verbs::wait_acquire;
 using cuda_on_host::verbs::pinned;
 using cuda_on_host::verbs::reciprocal_approx;
