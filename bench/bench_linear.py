@@ -1,14 +1,14 @@
-"""The fused 4-bit linear with LoRA, beside torch's dense linear (+ LoRA) and bitsandbytes (+ LoRA).
+"""The fused 4-bit linear with LoRA, one at a time, beside torch's dense linear (+ LoRA) and bitsandbytes (+ LoRA).
 
 2*M*N*K operations forward, twice that with the backward's dx; torch's dense linear is the limit that matters here. On a
-GPU: Llama-3-8B's shapes, every path that takes the operands beside the one chosen, kernel time over weights no cache holds.
+GPU: Llama-3-8B's shapes and the contenders of `bench/layer.py`, paths of ours beside the one chosen, kernel time over
+weights no cache holds.
 """
 
 import sys
 import warnings
 from collections.abc import Callable, Iterator
-from copy import deepcopy
-from typing import Any
+from dataclasses import replace
 
 import torch
 from torch import Tensor, nn
@@ -16,9 +16,12 @@ from torch import Tensor, nn
 from nf4lora import NF4LoRALinear
 from nf4lora.testing import assert_error_ratio
 
+from . import peers
+from .bench_layer import case
 from .harness import Case, meter_for, options, relative_error, run
+from .layer import OURS, Work
 from .shapes import LLAMA_3_8B
-from .timing import Contender, CudaMeter, WallMeter, cold_sets
+from .timing import Contender, WallMeter, cold_sets
 
 N = K = 4096
 RANK, SCALING = 16, 2.0
@@ -43,7 +46,7 @@ def layers(N: int, K: int, dtype: torch.dtype) -> tuple[NF4LoRALinear, nn.Linear
     dense = nn.Linear(K, N, bias=False, dtype=dtype)
     ours = NF4LoRALinear.from_linear(dense, r=RANK, lora_alpha=RANK * SCALING)
     nn.init.normal_(ours.lora_B, std=0.02)
-    theirs = _bitsandbytes(dense, dtype)
+    theirs = None if peers.why_not("bitsandbytes") else peers.bitsandbytes_linear(ours, dtype)
     dense.weight = nn.Parameter(ours.dequantize(dtype), requires_grad=False)
     return ours, dense, theirs
 
@@ -89,65 +92,41 @@ def linear_case(M: int, dtype: torch.dtype, backward: bool, N: int = N, K: int =
     )  # fmt: skip
 
 
-GPU_ROWS = (1, 4, 16, 64, 128, 256, 512, 1024, 4096)
+GPU_ROWS = (1, 4, 8, 16, 64, 128, 256, 512, 1024, 4096)
 # Paths beside the chosen one: where a neighbour might be better.
-FORCED = {1: ("small",), 16: ("small", "mma"), 64: ("small", "mma", "wgmma"), 128: ("mma", "wgmma"), 512: ("wgmma", "dense"), 1024: ("wgmma", "dense")}
+FORCED = {
+    1: ("small",),
+    16: ("small", "mma"),
+    64: ("small", "mma", "wgmma"),
+    128: ("mma", "wgmma"),
+    512: ("wgmma", "dense"),
+    1024: ("wgmma", "dense"),
+}
+# The linear of `LLAMA_3_8B_LAYER` that stands for a shape of `LLAMA_3_8B`.
+ONE_OF = {"q, o": "o_proj", "k, v": "k_proj", "gate, up": "gate_proj", "down": "down_proj"}
 
 
-def cuda_case(M: int, name: str, backward: bool, meter: CudaMeter) -> Case:
-    """As `linear_case`, each call on a layer and inputs of its own, as many as leave nothing in the cache."""
-    (N, K), dtype = LLAMA_3_8B[name], torch.bfloat16
-    with torch.device("cuda"):
-        ours, dense, theirs = layers(N, K, dtype)
-        x = torch.randn(M, K, dtype=dtype)
-    ours, lora = ours.to(dtype), DenseLoRA(dense, ours).to(dtype)
-    w = ours.dequantize(torch.float32).double()
-    truth = (x.double() @ w.T + SCALING * (x.double() @ ours.lora_A.double().T) @ ours.lora_B.double().T).detach()
-    del w
-    sets = cold_sets(N * K // 2 + 2 * M * (N + K), meter.l2_bytes)
-
-    def calls(layer: nn.Module, sets: int) -> tuple[Callable[[], Tensor], ...]:
-        def call(layer: nn.Module, x: Tensor) -> Callable[[], Tensor]:
-            def forward() -> Tensor:
-                with torch.no_grad():
-                    return layer(x)
-
-            def both() -> Tensor:
-                y = layer(x)
-                torch.autograd.grad(y, [x, layer.lora_A, layer.lora_B] if hasattr(layer, "lora_A") else [x], dy)
-                return y.detach()
-
-            return both if backward else forward
-
-        dy = torch.randn(M, N, dtype=dtype, device="cuda")
-        return tuple(call(deepcopy(layer), x.clone().requires_grad_(backward)) for _ in range(sets))
-
-    def gate(result: Tensor) -> None:
-        assert_error_ratio(result, lora(x).detach(), truth)
-
-    dense_sets = max(2, min(sets, cold_sets(2 * N * K, meter.l2_bytes)))
-    contenders = {"nf4lora": Contender(calls(ours, sets), "cuda", ours=True)}
-    for path in FORCED.get(M, ()):
-        contenders[f"nf4lora {path}"] = Contender(calls(ours, sets), "cuda", ours=True, path=path)
-    contenders["nf4lora triton"] = Contender(calls(ours, sets), "triton", ours=True)
-    contenders["dense linear alone"] = Contender(calls(dense, dense_sets), ceiling=True)
-    contenders["dense linear + LoRA"] = Contender(calls(lora, dense_sets))
-    if theirs is not None:
-        contenders["bitsandbytes + LoRA"] = Contender(calls(DenseLoRA(theirs.to("cuda"), ours).to(dtype), sets))
-    what = "forward + backward" if backward else "forward"
-    return Case(
-        f"{name} {N} × {K}, bfloat16, r = {RANK}", f"{what} M={M}", contenders, gate,
-        lambda result: relative_error(result, truth), sweep=f"{what} {name}", x=M,
-    )  # fmt: skip
+def cuda_case(name: str, work: Work, backend: str, absent: list[str]) -> Case:
+    """The contenders of `bench/layer.py` on one linear, ours on every path that might do; no operand is in a cache."""
+    N, K = work.shape(work.names[0])
+    found = case(work, f"{name} {N} × {K}, {str(work.dtype)[6:]}, r = {work.rank}", backend, absent)
+    ours, *others = found.contenders.items()
+    paths = {f"{OURS} {path}": replace(ours[1], path=path) for path in FORCED.get(work.M, ())}
+    triton = {f"{OURS} triton": replace(ours[1], backend="triton")}
+    return replace(found, contenders=dict([ours]) | paths | triton | dict(others), sweep=f"{work} {name}")
 
 
-def cuda_cases(meter: CudaMeter) -> Iterator[Callable[[], Case]]:
+def cuda_works(l2_bytes: int) -> list[tuple[str, Work]]:
     """Most important first: a time limit cuts the end off."""
-    first = [(M, name, False) for M in (1, 16, 64, 128, 512, 4096) for name in ("gate, up", "q, o")]
+    first = [(M, name, False) for M in (1, 16, 4, 8, 64, 128, 512, 4096) for name in ("gate, up", "q, o")]
     first += [(4096, name, True) for name in ("gate, up", "q, o")]
     rest = [(M, name, backward) for backward in (False, True) for M in GPU_ROWS for name in LLAMA_3_8B]
+    works = []
     for M, name, backward in dict.fromkeys(first + rest):
-        yield lambda M=M, name=name, backward=backward: cuda_case(M, name, backward, meter)
+        N, K = LLAMA_3_8B[name]
+        sets = cold_sets(N * K // 2 + 2 * M * (N + K), l2_bytes)
+        works.append((name, Work(M, ((ONE_OF[name],),), backward, sets=sets)))
+    return works
 
 
 def cpu_cases() -> Iterator[Callable[[], Case]]:
@@ -160,23 +139,14 @@ def cpu_cases() -> Iterator[Callable[[], Case]]:
         yield lambda dtype=dtype: linear_case(ROWS[-1], dtype, backward=True)
 
 
-def _bitsandbytes(dense: nn.Linear, dtype: torch.dtype) -> Any:
-    try:
-        import bitsandbytes as bnb
-    except ImportError:
-        return None
-    theirs = bnb.nn.Linear4bit(dense.in_features, dense.out_features, bias=False, compute_dtype=dtype, quant_type="nf4")
-    theirs.weight = bnb.nn.Params4bit(dense.weight.data.clone(), requires_grad=False, quant_type="nf4")
-    return theirs.to(dense.weight.device)
-
-
 def main() -> int:
     warnings.filterwarnings("ignore", message=".*kernels-community.*")
     asked = options(__doc__)
     torch.manual_seed(0)
     if asked.device == "cuda":
-        meter = meter_for("cuda")
-        return run("cuda_linear", cuda_cases(meter), meter, rounds=9, out=asked.out)
+        meter, absent = meter_for("cuda"), []
+        cases = ((lambda of=of: cuda_case(*of, "cuda", absent)) for of in cuda_works(meter.l2_bytes))
+        return run("cuda_linear", cases, meter, rounds=9, out=asked.out, absent=absent)
     return run("cpu_linear", cpu_cases(), WallMeter(), rounds=11, out=asked.out)
 
 

@@ -21,6 +21,7 @@ import nf4lora
 
 LIBRARY = Path(nf4lora.__file__).with_name("libnf4lora_cuda.so")
 RESULTS = Path(__file__).parent / "results" / "codegen.json"
+LAUNCHES = RESULTS.with_name("launches.json")  # threads and dynamic shared memory: tests/cuda_on_host/launches.py
 DEFAULT_ARCHS = "75 80 86 89 90a 100 120"
 # What a hot loop has no business with: local and generic memory, doubles, calls, and atomics, whose order is nobody's.
 SLOW = tuple("LDL STL LD ST DADD DMUL DFMA DSETP CALL ATOM ATOMG ATOMS RED REDG".split())
@@ -97,12 +98,31 @@ class KernelRow:
     registers: int
     spill_bytes: int  # that the kernel's text stores to or loads from local memory
     stack_bytes: int
-    shared_bytes: int
+    shared_bytes: int  # static
+    dynamic_shared_bytes: int  # 0, as threads and resident_blocks, of a kernel that launches.json does not have
+    threads: int
+    resident_blocks: int  # that a multiprocessor holds at once
     instructions: int
     loop_instructions: int  # 0, as the next two, where no rule names a hot loop
     weights_per_iteration: int
     instructions_per_weight: float
     opcodes: dict[str, int]  # those of interest, in the hot loop or else in the kernel
+
+
+# Warps, blocks and bytes of shared memory of a multiprocessor. Source: CUDA C++ Programming Guide, table of compute capabilities.
+_MULTIPROCESSOR = {
+    "sm_75": (32, 16, 64 << 10), "sm_80": (64, 32, 164 << 10), "sm_86": (48, 16, 100 << 10), "sm_89": (48, 24, 100 << 10),
+    "sm_90a": (64, 32, 228 << 10), "sm_100": (64, 32, 228 << 10), "sm_120": (48, 24, 100 << 10),
+}  # fmt: skip
+
+
+def resident_blocks(arch: str, registers: int, threads: int, shared_bytes: int) -> int:
+    """Blocks that a multiprocessor holds at once: what its 64 Ki registers, warps and shared memory are enough for."""
+    warps, blocks, shared = _MULTIPROCESSOR[arch]
+    of_block = -(-threads // 32)
+    reserved = 0 if arch == "sm_75" else 1024
+    by_registers = 65536 // (-(-registers * 32 // 256) * 256 * of_block)
+    return min(blocks, warps // of_block, by_registers, shared // max(-(-shared_bytes // 256) * 256 + reserved, 1))
 
 
 def _rules() -> Iterator[Rule]:
@@ -129,6 +149,7 @@ LIMITS = {
     ("small_kernel<__nv_bfloat16, 8, 1>", "sm_90a"): 2.5,
     ("linear_fwd_kernel<__nv_bfloat16, 128>", "sm_90a"): 4.0,
     ("linear_fwd_kernel<__nv_bfloat16, 256>", "sm_90a"): 4.0,
+    ("bwd_kernel<__nv_bfloat16, 1>", "sm_90a"): 4.0,
     ("bwd_kernel<__nv_bfloat16, 2>", "sm_90a"): 4.0,
     ("decode_tiles<__nv_bfloat16, true>", "sm_90a"): 8.0,
     ("encode_blocks<__nv_bfloat16, (QuantType)0, 8>", "sm_90a"): 16.0,
@@ -195,8 +216,12 @@ def resource_usage(cubin_path: Path) -> dict[tuple[str, str], Resources]:
 
 def demangle(kernels: Sequence[str]) -> list[str]:
     """encode_blocks<__half, (QuantType)0, 8> for its mangled name; arguments and namespaces dropped."""
-    plain = _output("c++filt", given="\n".join(kernels)).splitlines()
-    return [re.sub(r"^void |nf4lora::|\(anonymous namespace\)::|\([^()<>]*\)$", "", re.sub(r">\(.*", ">", name)) for name in plain]
+    return [plain(name) for name in _output("c++filt", given="\n".join(kernels)).splitlines()]
+
+
+def plain(name: str) -> str:
+    """The same of a demangled name."""
+    return re.sub(r"^void |nf4lora::|\(anonymous namespace\)::|\([^()<>]*\)$", "", re.sub(r">\(.*", ">", name))
 
 
 def hot_loop(instructions: Sequence[Instruction], must: Sequence[str]) -> list[Instruction]:
@@ -237,11 +262,12 @@ def rows_of(cubin_path: Path, compiler: str, rules: Sequence[Rule] = RULES) -> l
     """A row for each kernel and architecture of a cubin or library, sorted."""
     resources = resource_usage(cubin_path)
     listings = disassemble(cubin_path)
-    plain = dict(zip([k for _, k in listings], demangle([k for _, k in listings]), strict=True))
+    launched = {k["kernel"]: k for k in json.loads(LAUNCHES.read_text())["kernels"]}
+    named = dict(zip([k for _, k in listings], demangle([k for _, k in listings]), strict=True))
     rows = []
     for (arch, kernel), listing in listings.items():
         listing = [i for i in listing if i.name != "NOP"]
-        rule = _rule_of(plain[kernel], arch, rules)
+        rule = _rule_of(named[kernel], arch, rules)
         loop = hot_loop(listing, (rule.wide, *rule.must)) if rule.wide else []
         loop = hot_path(loop, rule.wide) if rule.path else loop
         weights = rule.weights * sum(_is(i.name, rule.wide) for i in loop)
@@ -250,9 +276,12 @@ def rows_of(cubin_path: Path, compiler: str, rules: Sequence[Rule] = RULES) -> l
         text = [i for i in loop if i.name != "CALL" or i.target != loop[-1].address + 16] or listing
         opcodes = Counter(i.name for i in text if _OF_INTEREST.match(i.name))
         opcodes |= Counter(i.name for i in listing if i.name in FLOAT_ATOMICS)
-        has = resources[arch, kernel]
+        has, launch = resources[arch, kernel], launched.get(named[kernel], {"threads": 0, "shared_bytes": 0})
+        threads, dynamic = launch["threads"], launch["shared_bytes"]
+        resident = resident_blocks(arch, has.registers, threads, has.shared_bytes + dynamic) if threads else 0
         rows.append(KernelRow(
-            plain[kernel], arch, compiler, has.registers, sum(local), has.stack_bytes, has.shared_bytes, len(listing),
+            named[kernel], arch, compiler, has.registers, sum(local), has.stack_bytes, has.shared_bytes, dynamic, threads,
+            resident, len(listing),
             len(loop), weights, round(len(loop) / weights, 3) if weights else 0.0, dict(sorted(opcodes.items())),
         ))  # fmt: skip
     return sorted(rows, key=lambda row: (row.kernel, row.arch))
@@ -304,9 +333,10 @@ def main() -> None:
     if not LIBRARY.exists():
         raise SystemExit(f"{LIBRARY.name} was not built into {LIBRARY.parent}: install nf4lora where nvcc is found")
     rows = rows_of(LIBRARY, compiler_of(LIBRARY))
-    print(f"{'kernel':48} {'arch':7} registers  stack  spill  instructions  loop  weights  a weight")
+    print(f"{'kernel':48} {'arch':7} registers  stack  spill  shared  threads  resident  instructions  loop  weights  a weight")
     for row in rows:
-        print(f"{row.kernel:48} {row.arch:7} {row.registers:9} {row.stack_bytes:6} {row.spill_bytes:6} {row.instructions:13} "
+        print(f"{row.kernel:48} {row.arch:7} {row.registers:9} {row.stack_bytes:6} {row.spill_bytes:6} "
+              f"{row.shared_bytes + row.dynamic_shared_bytes:7} {row.threads:8} {row.resident_blocks:9} {row.instructions:13} "
               f"{row.loop_instructions:5} {row.weights_per_iteration:8} {row.instructions_per_weight:9.2f}")  # fmt: skip
     print(*(fault for row in rows for fault in faults(row)), sep="\n")
     if "--update" in sys.argv[1:]:

@@ -16,7 +16,7 @@ import torch
 import nf4lora
 from nf4lora import native
 
-PACKAGES = ("triton", "bitsandbytes")
+PACKAGES = ("triton", "bitsandbytes", "transformers", "peft", "liger_kernel")
 _SMI = {
     "driver": "driver_version", "sm_mhz": "clocks.sm", "sm_max_mhz": "clocks.max.sm", "memory_mhz": "clocks.mem",
     "memory_max_mhz": "clocks.max.mem", "power_limit_w": "power.limit", "temperature_c": "temperature.gpu",

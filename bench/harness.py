@@ -4,7 +4,7 @@ No time is given for a wrong result: a contender of ours is timed only after its
 """
 
 import argparse
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -35,6 +35,7 @@ class Case:
     bytes_moved: the fewest that must be read and written
     sweep, x:    the curve this case is a point of, such as "dequantize", and where on it
     energy:      measure it too, where it can be read
+    tokens:      of a model, that one call takes or makes
     """
 
     group: str
@@ -46,6 +47,7 @@ class Case:
     sweep: str | None = None
     x: float | None = None
     energy: bool = False
+    tokens: int | None = None
 
 
 @dataclass(frozen=True)
@@ -67,6 +69,8 @@ class Row:
     error: dict[str, float] | None = None
     sweep: str | None = None
     x: float | None = None
+    tokens: int | None = None
+    memory: dict[str, int] | None = None
 
 
 def compare(case: Case, meter: Meter, rounds: int = 15, eager_rounds: int = 5) -> list[Row]:
@@ -103,6 +107,7 @@ def compare(case: Case, meter: Meter, rounds: int = 15, eager_rounds: int = 5) -
             eager_ms=None if None in eager[name] else Spread.of(eager[name]),
             energy_mj=samples[name].energy_mj() if case.energy else None,
             bytes_moved=moved, error=errors.get(name), sweep=case.sweep, x=case.x,
+            tokens=case.tokens, memory=contender.memory,
         ))  # fmt: skip
     return rows
 
@@ -125,11 +130,15 @@ def relative_error(result: Tensor, truth: Tensor) -> dict[str, float]:
     return {"max": (e.max() / t.max()).item(), "rms": (e.square().mean() / t.square().mean()).sqrt().item()}
 
 
-def run(stem: str, cases: Iterable[Callable[[], Case]], meter: Meter, rounds: int = 15, out: Path = RESULTS) -> int:
+def run(
+    stem: str, cases: Iterable[Callable[[], Case]], meter: Meter, rounds: int = 15, out: Path = RESULTS,
+    absent: Sequence[str] = (),
+) -> int:  # fmt: skip
     """Build, gate, time and print case after case; returns 1 if any failed, else 0.
 
     After each, <out>/<stem>.json holds what there is: the environment, the rows, and the failures with their reasons. A
-    contender of ours that fails the gate gets no time; the case goes on without it while one of ours is left.
+    contender of ours that fails the gate gets no time; the case goes on without it while one of ours is left. `absent`,
+    which the cases may add to, names peers that could not be measured, and why.
     """
     rows: list[Row] = []
     failed: list[str] = []
@@ -140,7 +149,8 @@ def run(stem: str, cases: Iterable[Callable[[], Case]], meter: Meter, rounds: in
             rows += taken
         write(
             out / f"{stem}.json",
-            {"environment": environment(), "rows": [asdict(row) for row in rows], "failed": failed},
+            {"environment": environment(), "rows": [asdict(row) for row in rows], "failed": failed}
+            | ({"absent": list(absent)} if absent else {}),
         )
     return 1 if failed else 0
 
@@ -150,16 +160,20 @@ def line(row: Row) -> str:
     share = f" {row.of_ceiling.median:6.1%} of the copy" if row.of_ceiling else ""
     eager = f" eager {row.eager_ms.median * 1e3:.1f} us" if row.eager_ms else ""
     error = " " + ", ".join(f"{k} {v:.3g}" for k, v in row.error.items()) if row.error else ""
+    if row.tokens:
+        share += f" {row.tokens / row.time_ms.median * 1e3:,.0f} tokens/s"
     where = f"{row.group}: {row.case}"
     return (f"{where:64} {row.contender:22} {row.time_ms.median:10.4f} ms {row.ratio.median:7.2f}x "
             f"[{row.ratio.least:.2f} … {row.ratio.most:.2f}]{share}{eager}{error}")  # fmt: skip
 
 
-def options(description: str | None) -> argparse.Namespace:
-    """The arguments every benchmark takes: --device, and --out, the folder of the results."""
+def options(description: str | None, **more: dict[str, Any]) -> argparse.Namespace:
+    """The arguments every benchmark takes: --device, and --out, the folder of the results; and `more` of its own."""
     parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--out", type=Path, default=RESULTS, metavar="DIR")
+    for name, kind in more.items():
+        parser.add_argument(f"--{name}", **kind)
     return parser.parse_args()
 
 

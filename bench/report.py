@@ -15,6 +15,7 @@ from .files import AGAIN, COPY, RESULTS, load
 README = RESULTS.parents[1] / "README.md"
 REGION = re.compile(r"(<!-- bench:(\w+)(?::(\d+))? -->\n).*?(<!-- /bench -->)", re.DOTALL)
 MISSING = "not measured"
+HOST = "host"  # how bench_host times: of a device's limits its rows say nothing
 NEEDS_GPU = "Not measured: `python -m bench.gpu_report` on a machine with a GPU measures it."
 # Kernels whose machine code is shown, of bench/codegen.py and bench/codegen_triton.py
 _MACHINE_CODE = {
@@ -53,10 +54,16 @@ def markdown(document: dict[str, Any] | None, tables: int | None = None) -> str 
     for of_sweep in (False, True):
         for group in dict.fromkeys(row["group"] for row in rows):
             chosen = [row for row in rows if row["group"] == group and _of_sizes(row) == of_sweep]
-            if chosen:
-                parts.append(_comparison(group, chosen, "gpu" in document["environment"]))
+            if chosen and chosen[0].get("tokens"):
+                parts.append(_models(group, chosen))
+            elif chosen:
+                parts.append(_comparison(group, chosen, "gpu" in document["environment"] and chosen[0]["timed"] != HOST))
+    launches = document.get("launches", ())
+    for group in dict.fromkeys(row["group"] for row in launches):
+        parts.append(_launches(group, [row for row in launches if row["group"] == group]))
+    absent = [f"Not there, so not timed: {why}" for why in document.get("absent", ())]
     failed = [f"Failed, so not timed: {why.splitlines()[0]}" for why in document.get("failed", ())]
-    return "\n\n".join([machine(document["environment"]), *parts[:tables], *failed])
+    return "\n\n".join([machine(document["environment"]), *parts[:tables], *absent, *failed])
 
 
 def machine(found: dict[str, Any]) -> str:
@@ -193,6 +200,16 @@ def _comparison(group: str, rows: list[dict[str, Any]], gpu: bool) -> str:
     return table(header, lines)
 
 
+def _launches(group: str, rows: list[dict[str, Any]]) -> str:
+    """A row a case, a column a contender."""
+    counts: dict[str, dict[str, str]] = {}
+    for row in rows:
+        counts.setdefault(row["case"], {})[row["contender"]] = str(row["launches"] or MISSING)
+    contenders = list(dict.fromkeys(row["contender"] for row in rows))
+    lines = [[case, *(of.get(name, "–") for name in contenders)] for case, of in counts.items()]
+    return table([f"launches, {group}", *contenders], lines)
+
+
 def _machine_code(rows: list[dict[str, Any]]) -> str:
     """Instructions a weight by architecture; the most registers of any. A spill or a stack frame would have failed the tests."""
     shown = [row for row in rows if row["kernel"] in _MACHINE_CODE]
@@ -204,6 +221,18 @@ def _machine_code(rows: list[dict[str, Any]]) -> str:
             counts = [f"{n:.1f}" if arch in of and (n := of[arch]["instructions_per_weight"]) else "–" for arch in archs]
             lines.append([title, compiler, str(max(row["registers"] for row in of.values())), *counts])
     return table(["instructions a weight", "compiler", "registers", *archs], lines)
+
+
+def _models(group: str, rows: list[dict[str, Any]]) -> str:
+    """One row a contender: tokens a second, its time over the first's, memory at its peak, what the gate saw."""
+    lines = []
+    for row in rows:
+        rates = [row["tokens"] / ms * 1e3 for ms in row["time_ms"]]
+        rate, ratio = "{0:,.0f} [{2:,.0f} … {1:,.0f}]".format(*rates), "{:.2f} [{:.2f} … {:.2f}]".format(*row["ratio"])
+        held = ", ".join(f"{kind} {count / 2**30:.2f}" for kind, count in (row["memory"] or {}).items())
+        error = ", ".join(f"{key} {value:.1e}" for key, value in (row["error"] or {}).items())
+        lines.append([f"{row['case']}: {row['contender']}", rate, ratio, held or MISSING, error or "–"])
+    return table([group, "tokens/s", "time over the first's", "GiB", "relative error"], lines)
 
 
 def _of_harness(rows: Any) -> bool:
@@ -220,7 +249,7 @@ def _of_sizes(row: dict[str, Any]) -> bool:
 
 
 def _mark(row: dict[str, Any]) -> str:
-    return "" if row["timed"] in ("wall clock", "graph replay") else "†"
+    return "" if row["timed"] in ("wall clock", "graph replay", HOST) else "†"
 
 
 def _ratio(row: dict[str, Any] | None) -> str:

@@ -40,6 +40,7 @@ class Contender:
     ours: its result must pass the case's gate before any of its times is told
     ceiling: it moves the bytes and does nothing else
     bytes_moved: where it moves other bytes than the case
+    memory: bytes it holds at its peak, by kind
     """
 
     calls: tuple[Callable[[], Any], ...]
@@ -48,6 +49,7 @@ class Contender:
     ceiling: bool = False
     bytes_moved: int | None = None
     path: str | None = None
+    memory: dict[str, int] | None = None
 
     def forced(self) -> AbstractContextManager[None]:
         return backends.use_backend(self.backend, self.path) if self.backend else nullcontext()
@@ -276,4 +278,6 @@ def _go_round(contender: Contender, count: int) -> list[Any]:
 
 
 def _bytes(t: Tensor) -> Tensor:
-    return t.detach().reshape(-1).view(torch.uint8)
+    """A view of the tensor's memory, not a copy."""
+    t = t.detach()
+    return (t if t.ndim and t.stride(-1) == 1 else t.reshape(-1)).view(torch.uint8)

@@ -200,7 +200,6 @@ struct GroupBwdParams {
 // dyb_i = scaling_i * dy_i B_i (rounded to dy's dtype);  dB_i = scaling_i * dy_i^T xa_i;  dA_i = dyb_i^T dropout(x)
 struct GroupLoraBwdParams {
     Member member[kMaxGroup];
-    const void *dy;   // dtype [M, N]
     const void *x;    // dtype [M, K], null where dA is
     const void *xa;   // dtype [M, r], null where dB is
     void *dyb;        // dtype [M, r], out

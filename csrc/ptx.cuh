@@ -59,12 +59,6 @@ const char *launch_kernel(void (*kernel)(Params...), dim3 grid, dim3 block, size
     return error == cudaSuccess ? nullptr : cudaGetErrorString(error);
 }
 
-// Zeroes device memory in the order of the stream: counters before the launch that counts in them.
-inline const char *zero_async(void *p, size_t bytes, void *stream) {
-    const cudaError_t error = cudaMemsetAsync(p, 0, bytes, static_cast<cudaStream_t>(stream));
-    return error == cudaSuccess ? nullptr : cudaGetErrorString(error);
-}
-
 // The 32-bit address that shared-memory instructions take.
 NF4LORA_DEVICE uint32_t shared_address(const void *p) { return static_cast<uint32_t>(__cvta_generic_to_shared(p)); }
 
@@ -121,6 +115,11 @@ NF4LORA_DEVICE uint32_t atomic_add_acq_rel(uint32_t *p, uint32_t v) {
     uint32_t before;
     asm volatile("atom.acq_rel.gpu.global.add.u32 %0, [%1], %2;" : "=r"(before) : "l"(p), "r"(v) : "memory");
     return before;
+}
+
+// Adds, and orders nothing else.
+NF4LORA_DEVICE void add_relaxed(uint32_t *p, uint32_t v) {
+    asm volatile("red.relaxed.gpu.global.add.u32 [%0], %1;" ::"l"(p), "r"(v) : "memory");
 }
 
 // Adds one, or from `last` on starts at zero again. Returns the value before.

@@ -86,17 +86,6 @@ NF4LORA_DEVICE void store_element(void *p, int32_t dtype, int64_t i, float v) {
 constexpr uint32_t kTableRow = 256;
 constexpr size_t kTableBytes = 256 * kTableRow;
 
-// Rows hold 32 pairs of T(code), 4 bytes a lane; their upper halves are never touched.
-template <class T>
-NF4LORA_DEVICE void fill_pairs(char *table, int32_t quant_type) {
-    const Codebook &book = kBooks[quant_type];
-    for (unsigned i = threadIdx.x; i < 256 * (kLanes / 4); i += blockDim.x) {
-        const unsigned byte = i / (kLanes / 4), quarter = i % (kLanes / 4);
-        const uint32_t pair = round_pair<T>(book.value[byte >> 4], book.value[byte & 15]);
-        *reinterpret_cast<uint4 *>(table + byte * kTableRow + quarter * sizeof(uint4)) = make_uint4(pair, pair, pair, pair);
-    }
-}
-
 // Rows hold 32 pairs of fp32 values of the code, 8 bytes a lane.
 NF4LORA_DEVICE void fill_values(char *table, int32_t quant_type) {
     const Codebook &book = kBooks[quant_type];

@@ -76,10 +76,9 @@ class GroupBwdParams(Structure):
 
 
 class GroupLoraBwdParams(Structure):
-    _fields_ = [("member", Member * MAX_GROUP), ("dy", _P), ("x", _P), ("xa", _P), ("dyb", _P), ("dy_ext", _P),
-                ("dx", _P), ("workspace", _P), ("counters", _P), ("count", _L), ("M", _L), ("N", _L), ("K", _L),
-                ("r", _L), ("ld", _L), ("dtype", _I), ("A_dtype", _I), ("B_dtype", _I), ("split", _I),
-                ("dropout", Dropout)]  # fmt: skip
+    _fields_ = [("member", Member * MAX_GROUP), ("x", _P), ("xa", _P), ("dyb", _P), ("dy_ext", _P), ("dx", _P),
+                ("workspace", _P), ("counters", _P), ("count", _L), ("M", _L), ("N", _L), ("K", _L), ("r", _L),
+                ("ld", _L), ("dtype", _I), ("A_dtype", _I), ("B_dtype", _I), ("split", _I), ("dropout", Dropout)]  # fmt: skip
 
 
 class SwigluParams(Structure):

@@ -16,9 +16,25 @@ def _not_constant(dy: Tensor, adapter_learns: bool) -> Tensor:
     return dy.detach().requires_grad_() if torch.is_grad_enabled() and adapter_learns else dy
 
 
+def _forced() -> tuple[str | None, str | None] | None:
+    """What `use_backend` forces here, if anything."""
+    found = backends.forced(), backends.forced_path()
+    return found if any(found) else None
+
+
 def _forced_again(ctx: Any) -> AbstractContextManager[None]:
     """Gradients of other devices are computed on other threads, which a forced back end must follow."""
-    return backends.use_backend(*ctx.forced) if any(ctx.forced) else nullcontext()
+    return backends.use_backend(*ctx.forced) if ctx.forced else nullcontext()
+
+
+def _matrix(t: Tensor) -> Tensor:
+    """[..., n] -> [rows, n]."""
+    return t if t.ndim == 2 else t.reshape(math.prod(t.shape[:-1]), t.shape[-1])
+
+
+def _like(y: Tensor, x: Tensor) -> Tensor:
+    """[rows, n] -> [..., n] as x has it; no view to autograd, so that it may be changed in place."""
+    return y if x.ndim == 2 else torch.ops.aten._unsafe_view.default(y, (*x.shape[:-1], y.shape[1]))
 
 
 def _sum_of_rows(dy: Tensor) -> Tensor:
@@ -28,52 +44,47 @@ def _sum_of_rows(dy: Tensor) -> Tensor:
 class NF4LoRAFunction(torch.autograd.Function):
     """y = x W^T + bias + scaling * (dropout(x) lora_A^T) lora_B^T. Saves x (if lora_A learns) and xa (if lora_B does).
 
-    Gradients for x, bias, lora_A and lora_B, each only if asked for; arguments as in `reference.linear_fwd`.
+    x [..., K]; gradients for x, bias, lora_A and lora_B, each only if asked for; other arguments as in
+    `reference.linear_fwd`, those after seed in one tuple.
     """
 
     @staticmethod
-    def forward(
-        ctx: Any, x, packed, absmax, nested_absmax, offset, bias, lora_A, lora_B, seed,
-        N: int, blocksize: int, quant_type: str, scaling: float, dropout_p: float,
-    ) -> Tensor:  # fmt: skip
-        y, xa = ops.linear_fwd(
-            x, packed, absmax, nested_absmax, offset, bias, lora_A, lora_B, seed,
-            N, blocksize, quant_type, scaling, dropout_p,
-        )  # fmt: skip
-        need_A, need_B = ctx.needs_input_grad[6], ctx.needs_input_grad[7]
+    def forward(ctx: Any, x, packed, absmax, nested_absmax, offset, bias, lora_A, lora_B, seed, numbers) -> Tensor:
+        y, xa = ops.linear_fwd(_matrix(x), packed, absmax, nested_absmax, offset, bias, lora_A, lora_B, seed, *numbers)
+        need = ctx.needs_input_grad
         ctx.save_for_backward(
-            x if need_A else None, xa if need_B else None, packed, absmax, nested_absmax, offset, lora_A, lora_B, seed
+            x if need[6] else None, xa if need[7] else None, packed, absmax, nested_absmax, offset, lora_A, lora_B, seed
         )
-        ctx.meta = x.shape, blocksize, quant_type, scaling, dropout_p, None if bias is None else bias.dtype
-        ctx.forced = backends.forced(), backends.forced_path()
-        return y
+        ctx.meta = x.shape, numbers[1:], None if bias is None else bias.dtype
+        ctx.forced = _forced()
+        return _like(y, x)
 
     @staticmethod
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
-        return NF4LoRAFunction._gradients(ctx, _not_constant(dy, any(ctx.needs_input_grad[6:8])))
+        if torch.is_grad_enabled():
+            return NF4LoRAFunction._gradients_once(ctx, _not_constant(dy, any(ctx.needs_input_grad[6:8])))
+        return NF4LoRAFunction._gradients(ctx, dy)
 
     @staticmethod
-    @once_differentiable
     def _gradients(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
         x, xa, packed, absmax, nested_absmax, offset, lora_A, lora_B, seed = ctx.saved_tensors
-        (M, K), blocksize, quant_type, scaling, dropout_p, bias_dtype = ctx.meta
-        need_x, need_bias, need_A, need_B = (ctx.needs_input_grad[i] for i in (0, 5, 6, 7))
-        dx = dbias = dA = dB = dyb = None
-        with _forced_again(ctx):
-            if lora_A is not None and (need_x or need_A or need_B):
-                unused = dy.new_empty(0, 0)
-                dyb, dA, dB = ops.lora_bwd(
-                    dy, unused if x is None else x, unused if xa is None else xa, lora_A, lora_B, seed,
-                    scaling, dropout_p, need_A, need_B,
+        shape, numbers, bias_dtype = ctx.meta
+        need = ctx.needs_input_grad
+        need_x, need_A, need_B = need[0], need[6], need[7]
+        dx = dbias = dA = dB = None
+        dy = _matrix(dy)
+        if need_x or need_A or need_B:
+            with _forced_again(ctx):
+                dx, dA, dB = ops.linear_grads(
+                    dy, None if x is None else _matrix(x), xa, packed, absmax, nested_absmax, offset, lora_A, lora_B, seed,
+                    shape[-1], *numbers, need_x, need_A, need_B,
                 )  # fmt: skip
-            if need_x:
-                dx = ops.linear_bwd(
-                    dy, packed, absmax, nested_absmax, offset, lora_A, dyb, seed, K, blocksize, quant_type, dropout_p
-                )
-        if need_bias:
+        if need[5]:
             dbias = _sum_of_rows(dy).to(bias_dtype)
-        dA, dB = dA if need_A else None, dB if need_B else None
-        return dx, None, None, None, None, dbias, dA, dB, *(None,) * 6
+        dx = (dx if len(shape) == 2 else dx.view(shape)) if need_x else None
+        return dx, None, None, None, None, dbias, dA if need_A else None, dB if need_B else None, None, None
+
+    _gradients_once = staticmethod(once_differentiable(_gradients))
 
 
 def linear(
@@ -82,11 +93,10 @@ def linear(
     N: int, blocksize: int, quant_type: str, scaling: float, dropout_p: float,
 ) -> Tensor:  # fmt: skip
     """x [..., K] -> y [..., N], in x's dtype; arguments as in `reference.linear_fwd`."""
-    y = NF4LoRAFunction.apply(
-        x.reshape(math.prod(x.shape[:-1]), x.shape[-1]), packed, absmax, nested_absmax, offset, bias, lora_A, lora_B, seed,
-        N, blocksize, quant_type, scaling, dropout_p,
-    )  # fmt: skip
-    return y.reshape(*x.shape[:-1], N)
+    tensors, numbers = (packed, absmax, nested_absmax, offset, bias, lora_A, lora_B, seed), (N, blocksize, quant_type, scaling, dropout_p)
+    if torch.is_grad_enabled():
+        return NF4LoRAFunction.apply(x, *tensors, numbers)
+    return _like(ops.linear_fwd(_matrix(x), *tensors, *numbers)[0], x)
 
 
 class Group(NamedTuple):
@@ -111,43 +121,45 @@ class NF4LoRAGroupFunction(torch.autograd.Function):
     def forward(ctx: Any, x: Tensor, seed: Tensor | None, group: Group, sizes: tuple[int, ...], *tensors: Tensor) -> Any:
         packed, absmax, nested_absmax, offset, bias, lora_A, lora_B = _lists(tensors, sizes)
         y, xa = ops.group_fwd(
-            x, packed, absmax, nested_absmax, offset, bias, lora_A, lora_B, seed,
+            _matrix(x), packed, absmax, nested_absmax, offset, bias, lora_A, lora_B, seed,
             group.N, group.blocksize, group.quant_type, group.scaling, group.dropout_p,
         )  # fmt: skip
-        ctx.group, ctx.sizes, ctx.K, ctx.forced = group, sizes, x.shape[1], (backends.forced(), backends.forced_path())
+        ctx.group, ctx.sizes, ctx.shape, ctx.forced = group, sizes, x.shape, _forced()
         need_A, need_B = (any(need) for need in _lists(ctx.needs_input_grad[4:], sizes)[5:])
         ctx.save_for_backward(x if need_A else None, xa if need_B else None, y if group.swiglu else None, seed, *tensors)
-        return ops.swiglu_fwd(y) if group.swiglu else y.split(group.N, 1)
+        if group.swiglu:
+            return _like(ops.swiglu_fwd(y), x)
+        return (y if x.ndim == 2 else y.view(*x.shape[:-1], y.shape[1])).split(group.N, -1)
 
     @staticmethod
     def backward(ctx: Any, *dys: Tensor) -> tuple[Tensor | None, ...]:
-        adapter = any(map(any, _lists(ctx.needs_input_grad[4:], ctx.sizes)[5:]))
-        return NF4LoRAGroupFunction._gradients(ctx, *(_not_constant(dy, adapter) for dy in dys))
+        if torch.is_grad_enabled():
+            adapter = any(map(any, _lists(ctx.needs_input_grad[4:], ctx.sizes)[5:]))
+            return NF4LoRAGroupFunction._gradients_once(ctx, *(_not_constant(dy, adapter) for dy in dys))
+        return NF4LoRAGroupFunction._gradients(ctx, *dys)
 
     @staticmethod
-    @once_differentiable
     def _gradients(ctx: Any, *dys: Tensor) -> tuple[Tensor | None, ...]:
         x, xa, gate_up, seed, *tensors = ctx.saved_tensors
         packed, absmax, nested_absmax, offset, bias, lora_A, lora_B = _lists(tensors, ctx.sizes)
         need_x, (*_, need_bias, need_A, need_B) = ctx.needs_input_grad[0], _lists(ctx.needs_input_grad[4:], ctx.sizes)
-        group, dx, dyb, dA, dB = ctx.group, None, None, [], []
+        group, dx, dA, dB, dbias = ctx.group, None, [], [], []
         with _forced_again(ctx):
-            dy = ops.swiglu_bwd(gate_up, dys[0]) if group.swiglu else torch.cat(dys, 1)
-            if lora_A and (need_x or any(need_A) or any(need_B)):
-                unused = dy.new_empty(0, 0)
-                dyb, dA, dB = ops.group_lora_bwd(
-                    dy, unused if x is None else x, unused if xa is None else xa, lora_A, lora_B, seed,
-                    group.scaling, group.dropout_p, any(need_A), any(need_B),
+            dys = [ops.swiglu_bwd(gate_up, _matrix(dys[0]))] if group.swiglu else [_matrix(dy) for dy in dys]
+            if need_x or any(need_A) or any(need_B):
+                dx, dA, dB = ops.group_grads(
+                    dys, None if x is None else _matrix(x), xa, packed, absmax, nested_absmax, offset, lora_A, lora_B, seed,
+                    group.N, ctx.shape[-1], group.blocksize, group.quant_type, group.scaling, group.dropout_p,
+                    need_x, any(need_A), any(need_B),
                 )  # fmt: skip
-            if need_x:
-                dx = ops.group_bwd(
-                    dy, packed, absmax, nested_absmax, offset, lora_A, dyb, seed,
-                    group.N, ctx.K, group.blocksize, group.quant_type, group.dropout_p,
-                )  # fmt: skip
-        dbias = [t.to(b.dtype) for t, b in zip(_sum_of_rows(dy).split(group.N), bias, strict=True)] if any(need_bias) else []
+        if any(need_bias):
+            each = dys[0].split(group.N, 1) if group.swiglu else dys
+            dbias = [_sum_of_rows(dy).to(b.dtype) for dy, b in zip(each, bias, strict=True)]
         needed = zip((need_bias, need_A, need_B), (dbias, dA, dB), strict=True)
         learned = [t if n else None for need, found in needed for n, t in zip(need, found or [None] * len(need), strict=True)]
-        return dx, None, None, None, *[None] * sum(ctx.sizes[:4]), *learned
+        return dx.view(ctx.shape) if need_x else None, None, None, None, *[None] * sum(ctx.sizes[:4]), *learned
+
+    _gradients_once = staticmethod(once_differentiable(_gradients))
 
 
 def _lists(flat: Any, sizes: tuple[int, ...]) -> list[list[Any]]:
@@ -158,8 +170,4 @@ def _lists(flat: Any, sizes: tuple[int, ...]) -> list[list[Any]]:
 def linear_group(x: Tensor, lists: tuple[list[Tensor], ...], seed: Tensor | None, group: Group) -> Any:
     """x [..., K] -> a tuple of y [..., N_i], or with `swiglu` one h [..., N]; `lists` as `NF4LoRAGroupFunction` has them."""
     sizes = tuple(map(len, lists))
-    tensors = [t for values in lists for t in values]
-    out = NF4LoRAGroupFunction.apply(x.reshape(math.prod(x.shape[:-1]), x.shape[-1]), seed, group, sizes, *tensors)
-    if group.swiglu:
-        return out.reshape(*x.shape[:-1], group.N[0])
-    return tuple(y.reshape(*x.shape[:-1], n) for y, n in zip(out, group.N, strict=True))
+    return NF4LoRAGroupFunction.apply(x, seed, group, sizes, *(t for values in lists for t in values))

@@ -87,12 +87,17 @@ def use_backend(name: str | None, path: str | None = None) -> Iterator[None]:
         _forced_path.reset(tokens[1])
 
 
+def first_of(args: tuple[Any, ...]) -> torch.Tensor:
+    """The first tensor of an op's arguments, which may be the first of a list."""
+    return args[0] if isinstance(args[0], torch.Tensor) else args[0][0]
+
+
 def run(op: str, *args: Any) -> Any:
-    """Run `op` on the first back end that takes these arguments; args[0] is the tensor whose device decides.
+    """Run `op` on the first back end that takes these arguments; the first tensor's device decides.
 
     Raises: NotImplementedError listing every back end and its reason.
     """
-    device = args[0].device.type
+    device = first_of(args).device.type
     chosen = _forced.get()
     reasons = []
     for backend in (chosen,) if chosen else PRIORITY.get(device, ("reference",)):

@@ -33,7 +33,8 @@ def linear_fwd(
     operands.matrix("x", x, None, None)
     K = x.shape[1]
     operands.weight(packed, absmax, nested_absmax, offset, N * K, blocksize, quant_type)
-    operands.same_device(x, packed=packed)
+    if packed.device != x.device:
+        operands.same_device(x, packed=packed)
     if bias is not None:
         operands.tensor("bias", bias, float_dtypes(), N, x)
     operands.lora(lora_A, lora_B, N, K, x)
@@ -64,6 +65,29 @@ def lora_bwd(dy, x, xa, lora_A, lora_B, seed, scaling, dropout_p, need_dA, need_
         operands.matrix("xa", xa, dy.shape[0], lora_A.shape[0], (dy.dtype,))
     operands.same_device(dy, x=x, xa=xa)
     operands.dropout(seed, dropout_p, dy)
+
+
+def linear_grads(
+    dy, x, xa, packed, absmax, nested_absmax, offset, lora_A, lora_B, seed, K, blocksize, quant_type, scaling, dropout_p,
+    need_dx, need_dA, need_dB,
+) -> None:  # fmt: skip
+    operands.matrix("dy", dy, None, None)
+    operands.weight(packed, absmax, nested_absmax, offset, dy.shape[1] * K, blocksize, quant_type)
+    if packed.device != dy.device:
+        operands.same_device(dy, packed=packed)
+    operands.lora(lora_A, lora_B, dy.shape[1], K, dy)
+    _saved(dy, x, xa, need_dA, need_dB, K, None if lora_A is None else lora_A.shape[0])
+    operands.dropout(seed, dropout_p, dy)
+
+
+def _saved(dy: Tensor, x: Tensor | None, xa: Tensor | None, need_dA: bool, need_dB: bool, K: int, r: int | None) -> None:
+    """What the forward left for the gradients of the adapters, where they are asked for; r: None without adapters."""
+    for name, t, needed, columns in (("x", x, need_dA, K), ("xa", xa, need_dB, r)):
+        if needed and (t is None or r is None):
+            raise ValueError(f"{name}: found {'None' if t is None else 'no adapter'}, wanted it for the adapters' gradients")
+        if needed:
+            operands.matrix(name, t, dy.shape[0], columns, (dy.dtype,))
+            operands.same_device(dy, **{name: t})
 
 
 def group_fwd(
@@ -112,6 +136,28 @@ def group_lora_bwd(dy, x, xa, lora_A, lora_B, seed, scaling, dropout_p, need_dA,
         operands.matrix("xa", xa, dy.shape[0], r, (dy.dtype,))
     operands.same_device(dy, x=x, xa=xa)
     operands.dropout(seed, dropout_p, dy)
+
+
+def group_grads(
+    dys, x, xa, packed, absmax, nested_absmax, offset, lora_A, lora_B, seed, N, K, blocksize, quant_type, scaling, dropout_p,
+    need_dx, need_dA, need_dB,
+) -> None:  # fmt: skip
+    members = operands.group(
+        N, packed=packed, absmax=absmax, nested_absmax=nested_absmax, offset=offset, lora_A=lora_A, lora_B=lora_B,
+        scaling=scaling,
+    )  # fmt: skip
+    if len(dys) not in (1, len(N)):
+        raise ValueError(f"dy: found {len(dys)}, wanted one for all members or one for each of the {len(N)}")
+    columns = [sum(N)] if len(dys) == 1 else N
+    for dy, n in zip(dys, columns, strict=True):
+        operands.matrix("dy", dy, dys[0].shape[0], n, (dys[0].dtype,) if dy is not dys[0] else None)
+        operands.same_device(dys[0], dy=dy)
+    for n, m in zip(N, members, strict=True):
+        operands.weight(m["packed"], m["absmax"], m["nested_absmax"], m["offset"], n * K, blocksize, quant_type)
+        operands.same_device(dys[0], packed=m["packed"])
+        operands.lora(m["lora_A"], m["lora_B"], n, K, dys[0])
+    _saved(dys[0], x, xa, need_dA, need_dB, K, sum(A.shape[0] for A in lora_A) if lora_A else None)
+    operands.dropout(seed, dropout_p, dys[0])
 
 
 def swiglu_fwd(gate_up: Tensor) -> None:

@@ -1,4 +1,4 @@
-"""The linear on CUDA: groups of linears that read one x in one launch, and the path that decodes the weight first."""
+"""The forward of the linear on CUDA: groups of linears that read one x in one launch, and the path that decodes the weight first."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from . import heuristics
-from .abi import MAX_GROUP, CudaConfig, Dropout, GroupBwdParams, GroupFwdParams, GroupLoraBwdParams, Member, SwigluParams
+from .abi import MAX_GROUP, CudaConfig, Dropout, GroupFwdParams, Member, SwigluParams
 from .cuda_paths import WIDE, CudaPaths, as_list
 from .heuristics import CudaLinearConfig, CudaPath
 from .native import _code, _contiguous
@@ -32,9 +32,12 @@ class CudaLinear(CudaPaths):
             if packed:
                 statistics = nested_absmax[i] if nested_absmax else None, offset[i] if offset else None
                 members[i].w = self._weight(packed[i], absmax[i], *statistics, rows, K, blocksize, quant_type)
+            else:
+                members[i].w.rows = rows
             for field, values in others.items():
                 if values:
-                    setattr(members[i], field, self.pointer(values[i]) if isinstance(values[i], Tensor) else values[i])
+                    value = values[i]
+                    setattr(members[i], field, self.pointer(value) if isinstance(value, Tensor) else value)
         return members
 
     # ---- a group of one
@@ -46,39 +49,26 @@ class CudaLinear(CudaPaths):
         lists = map(as_list, (packed, absmax, nested_absmax, offset, bias, lora_A, lora_B))
         return self.group_fwd(x, *lists, seed, [N], blocksize, quant_type, [scaling], dropout_p, config)
 
-    def linear_bwd(
-        self, dy, packed, absmax, nested_absmax, offset, lora_A, dyb, seed, K, blocksize, quant_type, dropout_p,
-        config: CudaLinearConfig,
-    ) -> Tensor:  # fmt: skip
-        lists = map(as_list, (packed, absmax, nested_absmax, offset, lora_A))
-        return self.group_bwd(dy, *lists, dyb, seed, [dy.shape[1]], K, blocksize, quant_type, dropout_p, config)
-
-    def lora_bwd(
-        self, dy, x, xa, lora_A, lora_B, seed, scaling, dropout_p, need_dA, need_dB, split: int
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        dyb, dA, dB = self.group_lora_bwd(dy, x, xa, [lora_A], [lora_B], seed, [scaling], dropout_p, need_dA, need_dB, split)
-        return dyb, dA[0] if need_dA else lora_A.new_empty(0), dB[0] if need_dB else lora_B.new_empty(0)
-
     # ---- groups
 
     def group_fwd(
         self, x, packed, absmax, nested_absmax, offset, bias, lora_A, lora_B, seed, N, blocksize, quant_type, scaling,
         dropout_p, config: CudaLinearConfig,
     ) -> tuple[Tensor, Tensor]:  # fmt: skip
-        x, bias, lora_A, lora_B = _aligned(x), _all(bias), _all(lora_A), _all(lora_B)
+        x, bias, lora_A, lora_B = aligned(x), all_contiguous(bias), all_contiguous(lora_A), all_contiguous(lora_B)
         (M, K), ranks, total = x.shape, [A.shape[0] for A in lora_A] or [0] * len(N), sum(N)
         dense, r = config.path == CudaPath.DENSE, sum(ranks)
         extend = dense and r > 0 and heuristics.cuda_extend_fwd(total, K)
         ld = -(-(K + r) // 8) * 8 if extend else K
         xa = self.empty(x, (M, r), x.dtype)
-        y = x.new_empty(0) if dense else self.empty(x, (M, total), x.dtype)
+        y = None if dense else self.empty(x, (M, total), x.dtype)
         x_ext = self.empty(x, (M, ld), x.dtype) if extend else None
         decoded = self.empty(x, (total, ld), x.dtype) if dense else None
         members = self._members(packed, absmax, nested_absmax, offset, N, K, blocksize, quant_type,
                                 bias=bias, lora_A=lora_A, lora_B=lora_B, r=ranks, scaling=scaling)  # fmt: skip
         first = [_code(t[0] if t else None) for t in (bias, lora_A, lora_B)]
         params = GroupFwdParams(members, *map(self.pointer, (x, y, xa, x_ext, decoded)), None, None, len(N), M, total, K, r, ld,
-                                _code(x), *first, Dropout(self.pointer(seed), dropout_p), _config(config))  # fmt: skip
+                                _code(x), *first, Dropout(self.pointer(seed), dropout_p), config_of(config))  # fmt: skip
         if M and total:
             scratch = self._workspace("linear_fwd", params, x)  # noqa: F841
             self.run("linear_fwd", params, x.device)
@@ -91,54 +81,6 @@ class CudaLinear(CudaPaths):
             for rows, rank, B, s in zip(y.split(N, 1), xa.split(ranks, 1), lora_B, scaling, strict=True):
                 rows.addmm_(rank, B.to(x.dtype).T, alpha=s)
         return y, xa
-
-    def group_bwd(
-        self, dy, packed, absmax, nested_absmax, offset, lora_A, dyb, seed, N, K, blocksize, quant_type, dropout_p,
-        config: CudaLinearConfig,
-    ) -> Tensor:  # fmt: skip
-        dy, dyb, lora_A = _aligned(dy), _contiguous(dyb), _all(lora_A)
-        M, total, ranks = dy.shape[0], sum(N), [A.shape[0] for A in lora_A] or [0] * len(N)
-        dense, r, dropped = config.path == CudaPath.DENSE, sum(ranks), seed is not None
-        extend = dense and r > 0 and not dropped and heuristics.cuda_extend_bwd(total, K)
-        into = not dense or (r > 0 and dropped)
-        dx = self.empty(dy, (M, K), dy.dtype) if into else dy.new_empty(0)
-        decoded = self.empty(dy, (total + r * extend, K), dy.dtype) if dense else None
-        members = self._members(packed, absmax, nested_absmax, offset, N, K, blocksize, quant_type, lora_A=lora_A, r=ranks)
-        params = GroupBwdParams(members, *map(self.pointer, (dy, dyb, dx, decoded)), None, None, len(N), M, total, K, r,
-                                total + r * extend, _code(dy), _code(lora_A[0] if lora_A else None),
-                                Dropout(self.pointer(seed), dropout_p), _config(config))  # fmt: skip
-        if M and K:
-            scratch = self._workspace("linear_bwd", params, dy)  # noqa: F841
-            self.run("linear_bwd", params, dy.device)
-        if not dense:
-            return dx
-        if extend:
-            return torch.cat((dy, dyb), 1) @ decoded
-        if not r:
-            return dy @ decoded
-        if not dropped:
-            A = lora_A[0] if len(lora_A) == 1 else torch.cat(lora_A)
-            dx = dyb @ A.to(dy.dtype)
-        return dx.addmm_(dy, decoded)
-
-    def group_lora_bwd(
-        self, dy, x, xa, lora_A, lora_B, seed, scaling, dropout_p, need_dA, need_dB, split: int
-    ) -> tuple[Tensor, list[Tensor], list[Tensor]]:
-        dy, lora_B = dy.contiguous(), _all(lora_B)
-        x, xa = x.contiguous() if need_dA else None, xa.contiguous() if need_dB else None
-        M, N, ranks, K = dy.shape[0], [B.shape[0] for B in lora_B], [A.shape[0] for A in lora_A], lora_A[0].shape[1]
-        dyb = self.empty(dy, (M, sum(ranks)), dy.dtype)
-        dA = [self.empty(A, A.shape, A.dtype) for A in lora_A] if need_dA else []
-        dB = [self.empty(B, B.shape, B.dtype) for B in lora_B] if need_dB else []
-        members = self._members([], [], [], [], N, K, 0, "nf4", lora_B=lora_B, dA=dA, dB=dB, r=ranks, scaling=scaling)
-        for member, rows in zip(members, N, strict=False):
-            member.w.rows = rows
-        params = GroupLoraBwdParams(members, *map(self.pointer, (dy, x, xa, dyb)), None, None, None, None, len(N), M, sum(N), K, sum(ranks),
-                                    sum(N), _code(dy), _code(lora_A[0]), _code(lora_B[0]), split,
-                                    Dropout(self.pointer(seed), dropout_p))  # fmt: skip
-        scratch = self._workspace("lora_bwd", params, dy)  # noqa: F841
-        self.run("lora_bwd", params, dy.device)
-        return dyb, dA, dB
 
     def swiglu_fwd(self, gate_up: Tensor, workers: int) -> Tensor:
         M, N = gate_up.shape[0], gate_up.shape[1] // 2
@@ -156,15 +98,15 @@ class CudaLinear(CudaPaths):
         return out
 
 
-def _aligned(t: Tensor) -> Tensor:
+def aligned(t: Tensor) -> Tensor:
     """Contiguous, and where wide loads may begin: a row of a larger tensor may not."""
     t = t.contiguous()
     return t.clone() if t.data_ptr() % WIDE else t
 
 
-def _all(tensors: Sequence[Tensor]) -> list[Tensor]:
+def all_contiguous(tensors: Sequence[Tensor]) -> list[Tensor]:
     return [t.contiguous() for t in tensors]
 
 
-def _config(config: CudaLinearConfig) -> CudaConfig:
+def config_of(config: CudaLinearConfig) -> CudaConfig:
     return CudaConfig(config.path, config.tokens, config.rows, config.split)

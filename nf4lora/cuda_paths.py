@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 from functools import cache
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -14,6 +14,13 @@ from .tuned import tuned
 
 _PATHS = {p.name.lower(): p for p in CudaPath}
 WIDE = 16  # bytes of the widest load
+
+
+class CudaGradsConfig(NamedTuple):
+    """Of a layer's gradients: how dx is cut, and parts of the sums over tokens."""
+
+    dx: CudaLinearConfig
+    split: int
 
 
 class CudaPaths(Library):
@@ -106,6 +113,25 @@ class CudaPaths(Library):
         return heuristics.cuda_lora_bwd(*dy.shape, self.multiprocessors(dy.device))
 
     _group_lora_bwd_config = _lora_bwd_config
+
+    def _linear_grads_why_not(self, *args: Any) -> str | None:
+        if not args:
+            return self.why_not()
+        first = backends.first_of(args)
+        reason = self.why_not(first) or self._unfit_lora(first, args[7])
+        return reason or self._forced_unfit(first, args[10] if isinstance(args[10], int) else args[11], as_list(args[3]))
+
+    _group_grads_why_not = _linear_grads_why_not
+
+    def _linear_grads_config(self, dy: Tensor, *args: Any) -> CudaGradsConfig:
+        return self._grads_config(dy, dy.shape[1], args[9], [args[2]])
+
+    def _group_grads_config(self, dy: Sequence[Tensor], *args: Any) -> CudaGradsConfig:
+        return self._grads_config(dy[0], sum(args[9]), args[10], args[2])
+
+    def _grads_config(self, first: Tensor, N: int, K: int, packed: Sequence[Tensor]) -> CudaGradsConfig:
+        split = heuristics.cuda_lora_bwd(first.shape[0], N, self.multiprocessors(first.device))
+        return CudaGradsConfig(self._choose("linear_bwd", first, N, K, packed), split)
 
     def _swiglu_fwd_config(self, gate_up: Tensor, *args: Any) -> int:
         return heuristics.cuda_swiglu(gate_up.numel() // 2, self.multiprocessors(gate_up.device))

@@ -64,7 +64,7 @@ class Library:
             backends.implements(op, self.backend, why_not, getattr(self, f"_{op}_config", None))(getattr(self, op))
 
     def why_not(self, *args: Any) -> str | None:
-        if any(isinstance(a, Tensor) and a.dtype == torch.float64 for a in args) or torch.float64 in args[-1:]:
+        if args and (backends.first_of(args).dtype == torch.float64 or args[-1] is torch.float64):
             return "float64 is for the reference"
         return self.load()[1]
 

@@ -1,6 +1,7 @@
 """libnf4lora_cuda.so: the "cuda" rows of the back-end table. Every launch is on torch's current stream; nothing synchronizes."""
 
-from ctypes import Structure, byref, c_char_p, c_int64, c_void_p
+from collections.abc import Callable
+from ctypes import Structure, byref, c_char_p, c_int64, c_uint64, c_void_p
 from functools import cache
 from typing import Any
 
@@ -8,18 +9,29 @@ import torch
 from torch import Tensor
 
 from . import heuristics
-from .abi import CUDA_FUNCTIONS
-from .cuda_linear import CudaLinear
+from .abi import COUNTERS, CUDA_FUNCTIONS
+from .cuda_grads import CudaGrads
 
 
-class CudaLibrary(CudaLinear):
+class CudaLibrary(CudaGrads):
     """The CUDA kernels. `why_not` tells a driver that is too old and a GPU the library has no code for."""
 
     backend = prefix = "cuda"
     functions = CUDA_FUNCTIONS
-    ops = (*CUDA_FUNCTIONS, "group_fwd", "group_bwd", "group_lora_bwd")
+    ops = (*CUDA_FUNCTIONS, "group_fwd", "group_bwd", "group_lora_bwd", "linear_grads", "group_grads")
     stream = True
     remedy = "reinstall nf4lora where nvcc is on the PATH"
+
+    def __init__(self) -> None:
+        # (device, stream, whether in a capture) -> that capture, and its counters
+        self._counters: dict[tuple[int, int, bool], tuple[int, Tensor]] = {}
+
+    @cache
+    def _capture(self) -> Callable[[int], int]:
+        """Which capture into a CUDA graph a stream takes part in; 0 for none."""
+        function = self.load()[0].nf4lora_cuda_capture
+        function.argtypes, function.restype = [c_void_p], c_uint64
+        return function
 
     def why_not(self, *args: Any) -> str | None:
         reason = super().why_not(*args)
@@ -40,10 +52,31 @@ class CudaLibrary(CudaLinear):
         return message.decode() if message else None
 
     def run(self, name: str, params: Structure, device: torch.device) -> None:
-        function = getattr(self.load()[0], f"nf4lora_cuda_{name}")
-        with torch.cuda.device(device):
-            message = function(byref(params), torch.cuda.current_stream(device).cuda_stream)
-        self._raise_if(name, message)
+        function, index = getattr(self.load()[0], f"nf4lora_cuda_{name}"), device.index
+        if torch._C._cuda_getDevice() == index:
+            message = function(byref(params), torch._C._cuda_getCurrentRawStream(index))
+        else:
+            with torch.cuda.device(device):
+                message = function(byref(params), torch._C._cuda_getCurrentRawStream(index))
+        if message:
+            self._raise_if(name, message)
+
+    def counters(self, device: torch.device) -> int:
+        """Address of `COUNTERS` zeros for the launches of torch's current stream, which leave them as zeros.
+
+        Launches on one stream follow one another, so they can share them. A capture has zeros of its own for each of its
+        streams, which its graph clears once a replay: it may run on any stream.
+        """
+        stream = torch._C._cuda_getCurrentRawStream(device.index)
+        capture = self._capture()(stream)
+        key = device.index, stream, capture > 0
+        found = self._counters.get(key)
+        if found is None or found[0] != capture:
+            made = capture, torch.zeros(COUNTERS, dtype=torch.int32, device=device)
+            if capture:
+                self._counters[key] = made
+            found = made if capture else self._counters.setdefault(key, made)  # of two threads, the first one's
+        return found[1].data_ptr()
 
     def _quantize_config(self, a: Tensor, *args: Any) -> int:
         return heuristics.cuda_quantize(a.numel(), self.multiprocessors(a.device))
@@ -52,9 +85,13 @@ class CudaLibrary(CudaLinear):
         return heuristics.cuda_dequantize(2 * packed.numel(), self.multiprocessors(packed.device))
 
     def workspace_bytes(self, name: str, params: Structure) -> int:
+        return self._workspace_function(name)(byref(params))
+
+    @cache
+    def _workspace_function(self, name: str) -> Callable[..., int]:
         function = getattr(self.load()[0], f"nf4lora_cuda_{name}_workspace")
         function.argtypes, function.restype = [c_void_p], c_int64
-        return function(byref(params))
+        return function
 
 
 cuda = CudaLibrary()

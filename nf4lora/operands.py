@@ -7,9 +7,13 @@ from . import backends
 from .abi import MAX_GROUP
 from .codebook import BLOCKSIZES, NESTED_BLOCKSIZE, QUANT_TYPES
 from .quant_keys import DTYPES
-from .quant_state import ceil_div
 
 FLOATS = tuple(DTYPES.values())
+_BYTES = (torch.uint8,)
+_BITS = (torch.float32, torch.int32)  # layers keep the bits of float32 as int32
+
+
+# Every call of a layer passes through here: what is right leaves after one comparison each, the rest is worded after.
 
 
 def float_dtypes() -> tuple[torch.dtype, ...]:
@@ -29,6 +33,8 @@ def same_device(first: Tensor, **others: Tensor) -> None:
 
 
 def tensor(name: str, t: Tensor, dtypes: tuple[torch.dtype, ...], numel: int, like: Tensor) -> None:
+    if t.dtype in dtypes and t.numel() == numel and t.is_contiguous() and t.device == like.device:
+        return
     dtype_in(name, t, dtypes)
     if t.numel() != numel or not t.is_contiguous():
         kind = "" if t.is_contiguous() else "non-contiguous "
@@ -37,8 +43,10 @@ def tensor(name: str, t: Tensor, dtypes: tuple[torch.dtype, ...], numel: int, li
 
 
 def matrix(name: str, t: Tensor, rows: int | None, columns: int | None, dtypes: tuple[torch.dtype, ...] | None = None) -> None:
-    dtype_in(name, t, dtypes or float_dtypes())
-    if t.ndim != 2 or rows not in (None, t.shape[0]) or columns not in (None, t.shape[1]):
+    if t.dtype not in (dtypes or FLOATS):
+        dtype_in(name, t, dtypes or float_dtypes())
+    shape = t.shape
+    if len(shape) != 2 or (rows is not None and rows != shape[0]) or (columns is not None and columns != shape[1]):
         wanted = f"a matrix of {'any' if rows is None else rows} x {'any' if columns is None else columns}"
         raise ValueError(f"{name}: found shape {tuple(t.shape)}, wanted {wanted}")
 
@@ -52,11 +60,15 @@ def format(blocksize: int, quant_type: str) -> None:
 
 def weight(packed, absmax, nested_absmax, offset, numel: int, blocksize: int, quant_type: str) -> None:
     format(blocksize, quant_type)
-    tensor("packed", packed, (torch.uint8,), ceil_div(numel, 2), packed)
-    statistics(absmax, nested_absmax, offset)
-    same_device(packed, absmax=absmax)
-    if absmax.numel() != ceil_div(numel, blocksize):
-        raise ValueError(f"absmax: found {absmax.numel()} elements, wanted {ceil_div(numel, blocksize)}")
+    tensor("packed", packed, _BYTES, -(-numel // 2), packed)
+    nested = nested_absmax is not None
+    if nested != (offset is not None):
+        raise ValueError("nested_absmax and offset belong together: found one of them without the other")
+    blocks = -(-numel // blocksize)
+    tensor("absmax", absmax, _BYTES if nested else _BITS, blocks, packed)
+    if nested:
+        tensor("nested_absmax", nested_absmax, _BITS, -(-blocks // NESTED_BLOCKSIZE), packed)
+        tensor("offset", offset, _BITS, 1, packed)
 
 
 def lora(lora_A: Tensor | None, lora_B: Tensor | None, N: int | None, K: int | None, like: Tensor) -> None:
@@ -65,7 +77,8 @@ def lora(lora_A: Tensor | None, lora_B: Tensor | None, N: int | None, K: int | N
     if lora_A is not None:
         matrix("lora_A", lora_A, None, K)
         matrix("lora_B", lora_B, N, lora_A.shape[0])
-        same_device(like, lora_A=lora_A, lora_B=lora_B)
+        if lora_A.device != like.device or lora_B.device != like.device:
+            same_device(like, lora_A=lora_A, lora_B=lora_B)
 
 
 def dropout(seed: Tensor | None, p: float, like: Tensor) -> None:
@@ -73,16 +86,6 @@ def dropout(seed: Tensor | None, p: float, like: Tensor) -> None:
         raise ValueError(f"dropout_p: found {p}, wanted in [0, 1)")
     if seed is not None:
         tensor("seed", seed, (torch.int64,), 1, like)
-
-
-def statistics(absmax: Tensor, nested_absmax: Tensor | None, offset: Tensor | None) -> None:
-    nested = nested_absmax is not None
-    if nested != (offset is not None):
-        raise ValueError("nested_absmax and offset belong together: found one of them without the other")
-    tensor("absmax", absmax, (torch.uint8 if nested else torch.float32,), absmax.numel(), absmax)
-    if nested:
-        tensor("nested_absmax", nested_absmax, (torch.float32,), ceil_div(absmax.numel(), NESTED_BLOCKSIZE), absmax)
-        tensor("offset", offset, (torch.float32,), 1, absmax)
 
 
 def group(sizes, **lists) -> list[dict]:

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 
 from . import backends, checks
+from . import grad_rows as grad_rows  # enters the rows of linear_grads and group_grads that are made of other ops
 from . import group_rows as group_rows  # enters the "cpu" rows of groups
 from . import native as native  # enters the rows of the "cpu" back end
 from . import native_cuda as native_cuda  # of "cuda"
@@ -16,13 +17,15 @@ from . import reference
 from . import triton_linear as triton_linear  # of "triton"
 from . import triton_rows as triton_rows
 from .codebook import NESTED_BLOCKSIZE
+from .eager import Op
 from .quant_state import ceil_div
 
 _library = torch.library.Library("nf4lora", "DEF")
+_KEYS = {"cpu": "CPU", "cuda": "CUDA"}
 _WEIGHT = "Tensor packed, Tensor absmax, Tensor? nested_absmax, Tensor? offset"
 
 
-def _define(schema: str, fake: Callable[..., Any], check: Callable[..., None]) -> Callable[..., Any]:
+def _define(schema: str, fake: Callable[..., Any], check: Callable[..., None]) -> Op:
     name = schema[: schema.index("(")]
 
     def call(*args: Any) -> Any:
@@ -30,7 +33,7 @@ def _define(schema: str, fake: Callable[..., Any], check: Callable[..., None]) -
             if args[i] is None:  # which torch takes for any Tensor of a schema
                 raise TypeError(f"{name}: found None for argument {i + 1}, wanted a tensor")
         check(*args)
-        device = args[0].device.type
+        device = backends.first_of(args).device.type
         if torch.is_autocast_enabled(device):
             with torch.autocast(device, enabled=False):
                 return backends.run(name, *args)
@@ -42,11 +45,12 @@ def _define(schema: str, fake: Callable[..., Any], check: Callable[..., None]) -
 
     tensors = [i for i, argument in enumerate(torch._C.parse_schema(f"nf4lora::{schema}").arguments) if str(argument.type) == "Tensor"]
     _library.define(schema, tags=(torch.Tag.pt2_compliant_tag, torch.Tag.needs_fixed_stride_order))
-    for key in ("CPU", "CUDA"):
+    for key in _KEYS.values():
         _library.impl(name, call, key)
     torch.library.register_fake(f"nf4lora::{name}", checked_fake, lib=_library)
-    backends.implements(name, "reference")(getattr(reference, name))
-    return getattr(torch.ops.nf4lora, name).default
+    if hasattr(reference, name):
+        backends.implements(name, "reference")(getattr(reference, name))
+    return Op(getattr(torch.ops.nf4lora, name).default, call)
 
 
 quantize = _define(
@@ -95,6 +99,18 @@ lora_bwd = _define(
     ),
     checks.lora_bwd,
 )
+# What the backward of a layer calls: dx, dA and dB at once, each empty where it is not needed.
+linear_grads = _define(
+    f"linear_grads(Tensor dy, Tensor? x, Tensor? xa, {_WEIGHT}, Tensor? lora_A, Tensor? lora_B, Tensor? seed, SymInt K, "
+    "int blocksize, str quant_type, float scaling, float dropout_p, bool need_dx, bool need_dA, bool need_dB) "
+    "-> (Tensor, Tensor, Tensor)",
+    lambda dy, x, xa, packed, absmax, nested_absmax, offset, lora_A, lora_B, seed, K, *rest: (
+        dy.new_empty((dy.shape[0], K) if rest[-3] else 0),
+        torch.empty_like(lora_A) if rest[-2] else dy.new_empty(0),
+        torch.empty_like(lora_B) if rest[-1] else dy.new_empty(0),
+    ),
+    checks.linear_grads,
+)
 
 # The same for linears that read one x: lists hold an operand of each member, or nothing where no member has it. Columns
 # of y and dy stand side by side, those of xa and dyb too. All members share blocksize, code, dtypes and dropout's mask.
@@ -124,6 +140,17 @@ group_lora_bwd = _define(
         [torch.empty_like(B) for B in lora_B] if need_dB else [],
     ),
     checks.group_lora_bwd,
+)
+group_grads = _define(
+    f"group_grads(Tensor[] dy, Tensor? x, Tensor? xa, {_WEIGHTS}, Tensor[] lora_A, Tensor[] lora_B, Tensor? seed, "
+    "SymInt[] N, SymInt K, int blocksize, str quant_type, float[] scaling, float dropout_p, "
+    "bool need_dx, bool need_dA, bool need_dB) -> (Tensor, Tensor[], Tensor[])",
+    lambda dy, x, xa, packed, absmax, nested_absmax, offset, lora_A, lora_B, seed, N, K, *rest: (
+        dy[0].new_empty((dy[0].shape[0], K) if rest[-3] else 0),
+        [torch.empty_like(A) for A in lora_A] if rest[-2] else [],
+        [torch.empty_like(B) for B in lora_B] if rest[-1] else [],
+    ),
+    checks.group_grads,
 )
 swiglu_fwd = _define(
     "swiglu_fwd(Tensor gate_up) -> Tensor",

@@ -4,7 +4,8 @@ A kernel is right if it gives these bytes (quantize, dequantize, dropout) or mee
 against these functions in float64 (the products). It is also the back end of last resort.
 
 Weight arguments, everywhere: `packed` uint8 [ceil(N*K/2), 1]; `absmax` float32 [G], or uint8 [G] with `nested_absmax`
-float32 [ceil(G/256)] and `offset` float32 [1]; G = ceil(N*K/blocksize). `QuantState` states the format.
+float32 [ceil(G/256)] and `offset` float32 [1]; G = ceil(N*K/blocksize). `QuantState` states the format. Each float32
+may come as int32 of the same bits, as layers keep them.
 """
 
 import math
@@ -40,7 +41,8 @@ def quantize_absmax(absmax: Tensor, offset: Tensor) -> tuple[Tensor, Tensor]:
 def dequantize_absmax(absmax: Tensor, nested_absmax: Tensor | None, offset: Tensor | None) -> Tensor:
     """float32 [G] whatever the storage; two roundings where it was nested."""
     if nested_absmax is None:
-        return absmax
+        return absmax.view(torch.float32)
+    nested_absmax, offset = nested_absmax.view(torch.float32), offset.view(torch.float32)
     scale = nested_absmax.repeat_interleave(NESTED_BLOCKSIZE)[: absmax.numel()]
     return codebook("dynamic", absmax.device)[absmax.int()] * scale + offset
 

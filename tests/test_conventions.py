@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from nf4lora import backends, ops, reference
+from nf4lora import backends, grad_rows, ops, reference
 
 ROOT = Path(__file__).parents[1]
 PACKAGE = ROOT / "nf4lora"
@@ -19,9 +19,10 @@ CODE = ("*.py", "*.cpp", "*.h", "*.cu", "*.cuh", "*.csv", "*.toml", "*.sh")
 FLOORS = (
     {"codebook", "heuristics", "quant_keys", "abi", "dropout"},
     {"quant_state", "reference", "backends", "triton_tiles", "tuned"},
-    {"native", "operands", "triton_kernels", "group_rows"},
+    {"native", "operands", "triton_kernels", "group_rows", "grad_rows", "eager"},
     {"cuda_paths", "checks"},
     {"cuda_linear"},
+    {"cuda_grads"},
     {"native_cuda", "triton_rows"},
     {"triton_linear"},
     {"ops"},
@@ -150,22 +151,22 @@ def test_no_global_is_rebound():
 
 
 def op_names():
-    return [n for n in vars(ops) if isinstance(getattr(ops, n), torch._ops.OpOverload)]
+    return [n for n in vars(ops) if isinstance(getattr(ops, n), ops.Op)]
 
 
 def test_the_ops_are_those():
     assert op_names() == [
-        "quantize", "quantize_absmax", "dequantize", "linear_fwd", "linear_bwd", "lora_bwd", "group_fwd", "group_bwd",
-        "group_lora_bwd", "swiglu_fwd", "swiglu_bwd",
+        "quantize", "quantize_absmax", "dequantize", "linear_fwd", "linear_bwd", "lora_bwd", "linear_grads", "group_fwd",
+        "group_bwd", "group_lora_bwd", "group_grads", "swiglu_fwd", "swiglu_bwd",
     ]
 
 
 @pytest.mark.parametrize("name", op_names())
 def test_one_op_one_row(name):
     """Every op has a schema, a fake, a check, a documented reference of the same arguments, kernels and a test of its stem."""
-    schema = getattr(ops, name)._schema
+    schema = getattr(ops, name).overload._schema
     assert schema.name == f"nf4lora::{name}" and not schema.is_mutable
-    function = getattr(reference, name)
+    function = getattr(grad_rows if name.endswith("_grads") else reference, name)
     wanted = [a.name for a in schema.arguments]
     assert list(function.__code__.co_varnames[: function.__code__.co_argcount]) == wanted and function.__doc__
     assert torch._C._dispatch_has_kernel_for_dispatch_key(schema.name, "CPU")

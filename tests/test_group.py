@@ -157,6 +157,13 @@ def test_row_35_compiled_without_a_break(cpu):
         assert torch.allclose(found, wanted) and torch.allclose(torch.autograd.grad(found, x)[0], gradient)
 
 
+def test_row_35_a_grouped_model_compiles_without_a_break(cpu):
+    model, tokens = model_of("llama", True), torch.arange(12).reshape(2, 6)
+    wanted = model(tokens).logits
+    found = torch.compile(model, fullgraph=True, backend="aot_eager")(tokens).logits
+    assert torch.allclose(found, wanted, rtol=1e-4, atol=1e-5)
+
+
 def test_dropout_is_one_mask_for_all_and_off_in_eval(cpu):
     q, k = layers(2, lora_dropout=0.5)
     group = NF4LoRALinearGroup(q=q, k=k).eval()
@@ -235,7 +242,7 @@ def test_a_model_grouped_is_the_model(cpu, kind):
             block.q_proj.register_forward_hook(lambda m, args, y: calls.append(y.grad_fn))
     wanted = step(plain)
     close(step(grouped), wanted)
-    assert calls and all("NF4LoRAGroupFunction" in c.next_functions[0][0].name() for c in calls)  # the block's own call of q found the group's output
+    assert calls and all("NF4LoRAGroupFunction" in c.name() for c in calls)  # the block's own call of q found the group's output
     close(step(copy.deepcopy(grouped)), wanted)
     for reentrant in (False, True):
         grouped.train().gradient_checkpointing_enable({"use_reentrant": reentrant})

@@ -130,7 +130,7 @@ def test_identity_gives_the_decoded_weight(path, dtype, nested, quant_type):
 
 def test_equal_bits_every_time(path):
     """Two runs, and four schedules of the host machine, give the same bits, splits and all."""
-    case = random_case(20, 130, 256, 16, torch.bfloat16, dropout_p=0.1)
+    case = random_case(20, 130, 576, 16, torch.bfloat16, dropout_p=0.1)
     machine = cuda_on_host.machine()
     wanted = None
     for seed in (0, 1, 2, 3, 1):

@@ -11,7 +11,7 @@ from nf4lora.testing import random_case
 FLOATS = (torch.float32, torch.bfloat16, torch.float16)
 NAMES = (
     "quantize", "quantize_absmax", "dequantize", "linear_fwd", "linear_bwd", "lora_bwd", "group_fwd", "group_bwd",
-    "group_lora_bwd", "swiglu_fwd", "swiglu_bwd",
+    "group_lora_bwd", "linear_grads", "group_grads", "swiglu_fwd", "swiglu_bwd",
 )  # fmt: skip
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -38,6 +38,9 @@ def samples(name):
                     yield case.dy, *weight, case.lora_A, dyb, seed, 33, 64, "nf4", p
                 elif name == "lora_bwd" and r:
                     yield case.dy, case.x, xa, case.lora_A, case.lora_B, seed, 2.0, p, True, not nested
+                elif name == "linear_grads":
+                    need = (True, bool(r), bool(r) and not nested)
+                    yield case.dy, case.x, xa, *weight, case.lora_A, case.lora_B, seed, 33, 64, "nf4", 2.0, p, *need
                 elif name.startswith("group"):
                     yield from group_samples(name, case, seed, p)
                 elif name == "swiglu_fwd" and not r:
@@ -58,6 +61,9 @@ def group_samples(name, case, seed, p):
         yield case.x, *weights, *bias, *A, *B, seed, [12, 12], 64, "nf4", [2.0, 0.5], p
     elif name == "group_bwd":
         yield dy, *weights, *A, side if r else None, seed, [12, 12], 33, 64, "nf4", p
+    elif name == "group_grads":
+        dys, need = [case.dy, case.dy.clone()] if r else [dy], (bool(r), bool(r), case.bias is None and bool(r))
+        yield dys, case.x, side, *weights, *A, *B, seed, [12, 12], 33, 64, "nf4", [2.0, 0.5], p, *need
     elif r:
         yield dy, case.x, side, *A, *B, seed, [2.0, 0.5], p, True, case.bias is None
 
@@ -65,7 +71,7 @@ def group_samples(name, case, seed, p):
 @pytest.mark.parametrize("name", NAMES)
 def test_opcheck(backend, name):
     for args in list(samples(name))[:: 5 if backend == "cpu" else 11]:
-        torch.library.opcheck(getattr(ops, name), args)  # all of torch's test utilities
+        torch.library.opcheck(getattr(ops, name).overload, args)  # all of torch's test utilities
 
 
 def tensors_of(outputs):
@@ -82,7 +88,7 @@ def mapped(f, args):
 @pytest.mark.parametrize("name", CUDA_FUNCTIONS)
 def test_opcheck_through_the_kernels_of_a_gpu(kernels, name):
     for args in list(samples(name))[::7]:
-        torch.library.opcheck(getattr(ops, name), args)
+        torch.library.opcheck(getattr(ops, name).overload, args)
 
 
 @pytest.mark.parametrize("name", NAMES)

@@ -114,7 +114,7 @@ def test_every_verb_has_both_bodies_and_a_kernel_that_uses_it():
     assert verbs == set(
         re.findall(r"^using cuda_on_host::verbs::(\w+);", (build.HERE / "verbs.h").read_text(), re.MULTILINE)
     )
-    kernels = "".join(p.read_text() for p in (*KERNELS.glob("*.cu"), *(build.CSRC / "cuda").glob("*.cu")))
+    kernels = "".join(p.read_text() for p in (*KERNELS.glob("*.cu"), *build.CSRC.rglob("*.cu"), build.CSRC / "tile.cuh"))
     assert [v for v in sorted(verbs) if not re.search(rf"\b{v}\b", kernels)] == []
 
 

@@ -168,8 +168,8 @@ def test_the_host_runs_the_reference(cpu, dtype):
 def test_opcheck(kernels):
     for dtype in FLOATS:
         gate_up, dh = operands(3, 16, dtype)
-        torch.library.opcheck(ops.swiglu_fwd, (gate_up,))
-        torch.library.opcheck(ops.swiglu_bwd, (gate_up, dh))
+        torch.library.opcheck(ops.swiglu_fwd.overload, (gate_up,))
+        torch.library.opcheck(ops.swiglu_bwd.overload, (gate_up, dh))
 
 
 def test_what_does_not_fit_is_refused(kernels):

@@ -17,7 +17,7 @@ GPU = torch.cuda.is_available()
 KERNELS = ("cpu", "cuda_on_host", "triton") + (("cuda",) if GPU else ())
 
 
-GROUPS = ("group_fwd", "group_bwd", "group_lora_bwd")
+GROUPS = ("group_fwd", "group_bwd", "group_lora_bwd", "linear_grads", "group_grads")
 
 
 def moved(value: Any, device: str) -> Any:

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from ..codebook import codebook
 from ..triton_tiles import TritonConfig
-from .nf4 import decode, load_absmax
+from .nf4 import decode, load_absmax, scales
 
 
 @triton.jit
@@ -111,7 +111,7 @@ def dequantize(packed, absmax, nested_absmax, offset, shape, blocksize, quant_ty
         words = config.weights // 8
         with torch.cuda.device_of(packed):
             dequantize_kernel[max(1, triton.cdiv(numel // 8, words)),](
-                packed, absmax, nested_absmax, offset, codebook(quant_type, packed.device),
+                packed, *scales(absmax, nested_absmax, offset), codebook(quant_type, packed.device),
                 codebook("dynamic", packed.device) if nested else None, out, numel,
                 BLOCKSIZE=blocksize, ALIGNED=packed.data_ptr() % 4 == 0, TAIL=numel % 8 != 0,
                 ASM=isinstance(dequantize_kernel, triton.JITFunction), WORDS=words,

@@ -162,6 +162,11 @@ CELLS_PER_UNIT = 14
 _LEFT, _, _RIGHT = (v for v in boundaries("fp4").tolist() if abs(v * CELLS_PER_UNIT) < 0.5)
 
 
+def scales(*tensors: Tensor | None) -> list[Tensor | None]:
+    """absmax, nested_absmax and offset as kernels take them: what came as int32 holds the bits of float32."""
+    return [t.view(torch.float32) if t is not None and t.dtype == torch.int32 else t for t in tensors]
+
+
 @cache
 @torch.inference_mode(False)  # a cached tensor outlives the mode it is first asked for in
 def cells(quant_type: str, device: torch.device | str = "cpu") -> Tensor:

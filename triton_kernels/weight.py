@@ -14,7 +14,7 @@ from torch import Tensor
 
 from ..codebook import codebook
 from ..triton_tiles import span
-from .nf4 import decode, load_absmax, to_float32
+from .nf4 import decode, load_absmax, scales, to_float32
 
 DROPOUT_TILE, DECODE_TILE = (32, 64), (64, 64)  # rows and columns a program takes, of 4 warps
 SUM = 1024  # elements a program of `sum_parts_kernel` takes
@@ -107,7 +107,7 @@ def weight_arguments(packed, absmax, nested_absmax, offset, quant_type: str) -> 
     """The first six arguments of a kernel that decodes a weight."""
     device = packed.device
     dynamic = None if nested_absmax is None else codebook("dynamic", device)
-    return packed, absmax, nested_absmax, offset, codebook(quant_type, device), dynamic
+    return packed, *scales(absmax, nested_absmax, offset), codebook(quant_type, device), dynamic
 
 
 @triton.jit

@@ -1,7 +1,7 @@
 // The weights of a group, decoded into one matrix for the library's product, with the adapters beside or below them
 // Operands:      members' packed and absmax as Weight says, lora_A, lora_B -> decoded dtype [N + below, ld]:
 //                rows [0, N), a member's below the other's: columns [0, K) its weights, [K, ld) scaling_i * B_i in the
-//                columns of its xa and zeros in all others (forward, ld > K); rows [N, N + below) the A_i (backward)
+//                columns of its xa and zeros in all others (forward, ld > K); rows [N, N + below) the A_i, then zeros (backward)
 // Rounding:      code * absmax in fp32, then to dtype, as dequantize has it; scaling * B likewise; A once
 // Preconditions: blocksize a power of two from 32 to 4096, nested blocks of 256; no pointer needs more than its
 //                element's alignment; quant_type, blocksize and nesting the same for all members
@@ -113,8 +113,10 @@ NF4LORA_DEVICE void fill_adapters(const Job &p, Share &share) {
     const auto load_A = [&p](int64_t row, int64_t column) {
         int64_t rank = row - p.N;
         int of = 0;
-        while (of + 1 < p.count && rank >= p.member[of].r)
+        while (of < p.count && rank >= p.member[of].r)
             rank -= p.member[of++].r;
+        if (of == p.count)
+            return Loaded{0, 1.0f};
         return Loaded{load_bits(p.member[of].lora_A, p.A_dtype, rank * p.K + column), 1.0f};
     };
     fill<T>(p, share, Area{0, p.N, p.K, p.ld - p.K}, load_B, [&p](Loaded of) { return value_of(of, p.B_dtype); });

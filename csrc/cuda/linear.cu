@@ -39,7 +39,7 @@ int64_t nf4lora_cuda_linear_fwd_workspace(const nf4lora::GroupFwdParams *p) {
     using namespace nf4lora;
     if (p->config.path == kSmall)
         return linear_fwd_small_workspace(*p);
-    const int64_t lora = p->r > 0 ? lora_fwd_workspace(*p) : 0;
+    const int64_t lora = p->r > 0 || p->x_ext ? lora_fwd_workspace(*p) : 0;
     const int64_t product = p->config.path == kMma     ? linear_fwd_mma_workspace(*p)
                             : p->config.path == kWgmma ? linear_fwd_wgmma_workspace(*p)
                                                        : 0;
@@ -57,8 +57,8 @@ const char *nf4lora_cuda_linear_bwd(const nf4lora::GroupBwdParams *p, void *stre
     case kWgmma:
         return linear_bwd_wgmma(*p, stream);
     case kDense:
-        if (p->r > 0 && p->dropout.seed)
-            if (const char *error = lora_dx(*p, stream))
+        if (p->r > 0 && p->ld == p->N)
+            if (const char *error = lora_bwd_dx(*p, stream))
                 return error;
         return decode_group(*p, stream);
     }

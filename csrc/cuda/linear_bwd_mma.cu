@@ -5,8 +5,8 @@
 // Preconditions: T bf16 or fp16; K % 64 == 0; dy, dx and packed 16-byte aligned; blocksize a power of two, 32 to 4096;
 //                blocksize and quant_type the same for all members
 // Memory:        reads W once for each tile of 16, 32 or 64 rows of dy; at most 99 KiB shared; a split reduction takes
-//                split * M * K floats and a counter a tile of workspace
-// Budget:        instructions a weight in the main loop (nested, sm_90a): 4.4, 4.8, 5.5 at 16, 32, 64 tokens; 2.5 of
+//                split * M * K floats of workspace, a counter a tile
+// Budget:        instructions a weight in the main loop (nested, sm_90a): 4.4, 4.8, 5.4 at 16, 32, 64 tokens; 2.5 of
 //                them decode it and 0.25, 0.5, 1 are products
 //
 // The reduction runs over the rows n of the weight, so the product is made transposed: dx^T[k, token] += W^T[k, n]
@@ -57,7 +57,6 @@ struct Plan {
 // What follows from the operands of a launch, worked out on the host.
 struct Launch {
     float *parts;        // fp32 [split][M, K], null where the reduction is not split
-    uint32_t *counters;  // one a tile, zero
     int part_steps, longer_parts;  // steps of a part of the reduction; so many of the parts have one more
     int lora_steps;                // as which LoRA counts, the first of part 0
     int shift;                     // log2 of the blocksize
@@ -167,18 +166,19 @@ struct DyFeed {
     // To the stage that is not the one of the call before.
     NF4LORA_DEVICE void copy(const GroupBwdParams &p, const Launch &launch, char *stages) {
         static_assert(kPassTokens % 8 == 0, "every pass places its pieces alike");
+        const auto for_each_pass = [&](const auto &copy_piece) {
 #pragma unroll
-        for (int pass = 0; pass < P::kTokens; pass += kPassTokens) {
-            char *const piece = stages + to + pass * kPanelRow;
-            const T *const from = source + pass * p.N;
-            const int end = pass == 0 || pass < tokens ? left : 0;
-            if (launch.whole_pieces)
-                cp_async<kPiece>(piece, from, column < end);
-            else
+            for (int pass = 0; pass < P::kTokens; pass += kPassTokens)
+                copy_piece(stages + to + pass * kPanelRow, source + pass * p.N, pass == 0 || pass < tokens ? left : 0);
+        };
+        if (launch.whole_pieces)
+            for_each_pass([&](char *piece, const T *from, int end) { cp_async<kPiece>(piece, from, column < end); });
+        else
+            for_each_pass([&](char *piece, const T *from, int end) {
 #pragma unroll 1  // N odd: rare
                 for (int i = 0; i < kElements; ++i)
                     reinterpret_cast<T *>(piece)[i] = column + i < end ? from[i] : from_float<T>(0.0f);
-        }
+            });
         to ^= P::kDyBytes;
     }
 };
@@ -558,7 +558,7 @@ __global__ void __launch_bounds__(kThreads, P::kResidentBlocks)
         to[1] = v.upper;
     });
     uint32_t *const word = reinterpret_cast<uint32_t *>(shared + P::kWordAt);
-    if (!comes_last(launch.counters + int64_t{blockIdx.y} * gridDim.x + blockIdx.x, gridDim.z, word))
+    if (!comes_last(p.counters + int64_t{blockIdx.y} * gridDim.x + blockIdx.x, gridDim.z, word))
         return;
     for_each_eight<P>(p, token0, column0, [&](int64_t at, int, int) {
         Eight v{};
@@ -574,7 +574,7 @@ __global__ void __launch_bounds__(kThreads, P::kResidentBlocks)
 // The grid and the workspace of a call.
 template <class P>
 struct Shape {
-    int64_t steps = 0, blocks = 0, token_tiles, column_tiles, split, counter_bytes, workspace_bytes;
+    int64_t steps = 0, blocks = 0, token_tiles, column_tiles, split, workspace_bytes;
 
     explicit Shape(const GroupBwdParams &p)
         : token_tiles(ceil_div(p.M, P::kTokens)), column_tiles(ceil_div(p.K, P::kColumns)) {
@@ -587,10 +587,9 @@ struct Shape {
         constexpr int64_t kMaxGrid = 65535;
         const int64_t most = steps < kMaxGrid ? steps : kMaxGrid;
         split = p.config.split < most ? p.config.split : most;
-        if (split < 1)
+        if (split < 1 || token_tiles * column_tiles > kCounters)
             split = 1;
-        counter_bytes = ceil_div(token_tiles * column_tiles * int64_t{sizeof(uint32_t)}, 256) * 256;
-        workspace_bytes = split == 1 ? 0 : counter_bytes + split * p.M * p.K * int64_t{sizeof(float)};
+        workspace_bytes = split == 1 ? 0 : split * p.M * p.K * int64_t{sizeof(float)};
     }
 };
 
@@ -612,12 +611,7 @@ const char *launch_dx(const GroupBwdParams &p, void *stream) {
         launch.whole_pieces &= p.member[i].w.rows % (kPiece / sizeof(T)) == 0;
     launch.nested = w.nested_absmax != nullptr;
     launch.halves = w.blocksize < kWarpColumns;
-    if (shape.split > 1) {
-        launch.counters = static_cast<uint32_t *>(p.workspace);
-        launch.parts = reinterpret_cast<float *>(static_cast<char *>(p.workspace) + shape.counter_bytes);
-        if (const char *error = zero_async(launch.counters, static_cast<size_t>(shape.counter_bytes), stream))
-            return error;
-    }
+    launch.parts = static_cast<float *>(p.workspace);
     const dim3 grid(static_cast<unsigned>(shape.token_tiles), static_cast<unsigned>(shape.column_tiles),
                     static_cast<unsigned>(shape.split));
     return NF4LORA_LAUNCH((dx_kernel<T, P>), grid, kThreads, P::kSharedBytes, stream, p, launch);

@@ -9,11 +9,12 @@
 //                aligned 16-byte pieces (odd N, a member that starts off 8, a member's odd tail) are read by element
 // Memory:        a block reads dy once for its 256 (or 128) columns of W, and the codes once for its 128 (or 256)
 //                tokens; 173 (or 218) KiB shared, one block a multiprocessor. Split: the parts in fp32 in the workspace
-// Budget:        a weight of a block at most 4 instructions (5 for 256 tokens); bench/codegen.py counts them
+// Budget:        a weight of a block at most 4 instructions; bench/codegen.py counts them
 //
 // A ring of steps, each 64 rows of one member's weight or 16 of lora_A: a warpgroup fills it, two multiply. In a slice
-// of 16 rows a lane decodes rows t, t + 1, t + 8, t + 9 of its bytes while the products before are under way. The two
-// sides meet on mbarriers: `full`, two arrivals of each filling warp (its bulk copies, its other stores), and `empty`.
+// of 16 rows a lane decodes rows t, t + 1, t + 8, t + 9 of its bytes while the products before are under way; a
+// transposing load brings it those of two slices. The two sides meet on mbarriers: `full`, an arrival of each filling
+// warp once its copies and stores are there, and `empty`.
 #include "../dropout.cuh"
 #include "../tile.cuh"
 #include "paths.h"
@@ -108,13 +109,15 @@ struct Turn {
 
 // ---- producers
 
+NF4LORA_DEVICE int producer() { return static_cast<int>(threadIdx.x) - kConsumers; }
+
 // The step's columns of dy or dyb for the block's tokens; what lies outside is zero.
 template <int kTiles>
-NF4LORA_DEVICE void copy_tokens(char *tile, const GroupBwdParams &p, const Work &work, const Step &step, int me) {
+NF4LORA_DEVICE void copy_tokens(char *tile, const GroupBwdParams &p, const Work &work, const Step &step) {
     constexpr int kPieces = kRowBytes / 16, kRows = kProducers / kPieces, kTokens = Shape<kTiles>::kTokens;
     static_assert(kRows % 8 == 0, "a thread's pieces have one place in the swizzle");
     const int64_t stride = step.lora ? p.r : p.N;
-    const int piece = me % kPieces, first = me / kPieces, tokens = at_most(p.M - work.token0, kTokens);
+    const int piece = producer() % kPieces, first = producer() / kPieces, tokens = at_most(p.M - work.token0, kTokens);
     if (step.lora && piece * kPiece >= kSlice)
         return;  // nobody reads them
     const uint16_t *columns = static_cast<const uint16_t *>(step.lora ? p.dyb : p.dy) + step.column;
@@ -142,22 +145,20 @@ NF4LORA_DEVICE void copy_tokens(char *tile, const GroupBwdParams &p, const Work 
     }
 }
 
-// Two threads have a row of the step between them.
-static_assert(kProducers == 2 * kDepth);
-
-// The codes of the rows. Those beyond the member's repeat its last one, under a scale of zero.
+// The codes of the rows. Those beyond the member's repeat its last one, under a scale of zero; columns beyond K have
+// none.
 template <int kTiles>
-NF4LORA_DEVICE void copy_codes(char *codes, const GroupBwdParams &p, const Work &work, const Step &step, int me,
-                               uint64_t *full) {
-    const int mine = me / 2;
-    const int64_t row = step.row + (mine < step.rows ? mine : step.rows - 1);
-    const uint32_t bytes = static_cast<uint32_t>(at_most(p.K - work.column0, Shape<kTiles>::kColumns)) / 2;
-    if (me % kLanes == 0)
-        mbarrier_arrive_expect_tx(full, kLanes / 2 * bytes);
-    __syncwarp();
-    if (me % 2 == 0)
-        bulk_copy(codes + mine * Shape<kTiles>::kCodePitch,
-                  p.member[step.member].w.packed + (row * p.K + work.column0) / 2, bytes, full);
+NF4LORA_DEVICE void copy_codes(char *codes, const GroupBwdParams &p, const Work &work, const Step &step) {
+    constexpr int kPieceColumns = 32, kPieces = Shape<kTiles>::kColumns / kPieceColumns, kRows = kProducers / kPieces;
+    const int row0 = producer() / kPieces, piece = producer() % kPieces;
+    const int64_t column = work.column0 + piece * kPieceColumns;
+    if (column >= p.K)
+        return;
+    const uint8_t *from = p.member[step.member].w.packed + column / 2;
+#pragma unroll
+    for (int row = row0; row < kDepth; row += kRows)
+        cp_async<16>(codes + row * Shape<kTiles>::kCodePitch + piece * 16,
+                     from + (step.row + (row < step.rows ? row : step.rows - 1)) * (p.K / 2));
 }
 
 // Columns of W that one scale of a row covers here: a block, or the part of it that lies in 64 columns.
@@ -168,7 +169,8 @@ NF4LORA_DEVICE int place_of_scale(int row) {
     return row / kSlice * kSlice + row % 8 / 2 * 4 + row / 8 % 2 * 2 + row % 2;
 }
 
-// Every other absmax of a row, as it is stored: asked for before there is room for it.
+// Every other absmax of a row, as it is stored: asked for before there is room for it. Two threads share a row.
+static_assert(kProducers == 2 * kDepth);
 template <int kTiles>
 struct RowScales {
     static constexpr int kMost = Shape<kTiles>::kMostScales / 2;
@@ -178,7 +180,12 @@ struct RowScales {
     bool nested;
     int inside;  // how many of them lie in the weight
 
-    NF4LORA_DEVICE void load(const GroupBwdParams &p, const Work &work, const Step &step, int me) {
+    // Of the step, if it is one of a weight.
+    NF4LORA_DEVICE void load(const GroupBwdParams &p, const Work &work, int index) {
+        if (index >= work.lora)
+            return;
+        const Step step = step_at(p, index);
+        const int me = producer();
         const Weight &w = p.member[step.member].w;
         const int shift = scale_shift(p), log_blocksize = __ffs(static_cast<int>(w.blocksize)) - 1;
         const int columns = at_most(p.K - work.column0, Shape<kTiles>::kColumns) >> shift;
@@ -198,7 +205,8 @@ struct RowScales {
         }
     }
 
-    NF4LORA_DEVICE void store(float (*scales)[kDepth], const float *map, int me) const {
+    NF4LORA_DEVICE void store(float (*scales)[kDepth], const float *map) const {
+        const int me = producer();
 #pragma unroll
         for (int i = 0; i < kMost; ++i) {
             const float absmax = nested ? __fadd_rn(__fmul_rn(map[code[i]], scale[i]), offset) : scale[i];
@@ -223,11 +231,11 @@ NF4LORA_DEVICE const A *adapter_row(const GroupBwdParams &p, int64_t row) {
 
 // The step's rows of lora_A, rounded to T, where the codes would be; what lies outside is zero.
 template <class T, class A, int kTiles>
-NF4LORA_DEVICE void copy_adapters(char *to, const GroupBwdParams &p, const Work &work, const Step &step, int me) {
+NF4LORA_DEVICE void copy_adapters(char *to, const GroupBwdParams &p, const Work &work, const Step &step) {
     constexpr int kPairs = Shape<kTiles>::kColumns / 2, kRows = kProducers / kPairs, kBatch = 4;
     static_assert(kRows * kPairs == kProducers && kSlice % (kBatch * kRows) == 0);
     static_assert(kSlice * Shape<kTiles>::kOutPitch <= kDepth * Shape<kTiles>::kCodePitch, "they fit there");
-    const int column = me % kPairs * 2, row0 = me / kPairs;
+    const int column = producer() % kPairs * 2, row0 = producer() / kPairs;
     const bool inside = work.column0 + column < p.K;
     for (int row = row0; row < kSlice; row += kBatch * kRows) {
         float even[kBatch], odd[kBatch];
@@ -245,13 +253,13 @@ NF4LORA_DEVICE void copy_adapters(char *to, const GroupBwdParams &p, const Work 
 }
 
 template <class T, int kTiles>
-NF4LORA_DEVICE void copy_adapters(char *to, const GroupBwdParams &p, const Work &work, const Step &step, int me) {
+NF4LORA_DEVICE void copy_adapters(char *to, const GroupBwdParams &p, const Work &work, const Step &step) {
     if (p.A_dtype == kFloat32)
-        copy_adapters<T, float, kTiles>(to, p, work, step, me);
+        copy_adapters<T, float, kTiles>(to, p, work, step);
     else if (p.A_dtype == kBFloat16)
-        copy_adapters<T, __nv_bfloat16, kTiles>(to, p, work, step, me);
+        copy_adapters<T, __nv_bfloat16, kTiles>(to, p, work, step);
     else
-        copy_adapters<T, __half, kTiles>(to, p, work, step, me);
+        copy_adapters<T, __half, kTiles>(to, p, work, step);
 }
 
 // What this warp stored and copied has landed: products may read it.
@@ -262,37 +270,50 @@ NF4LORA_DEVICE void publish(uint64_t *full) {
         mbarrier_arrive(full);
 }
 
+// Sends for the copies of the i-th step of the block: a group of this thread's.
+template <int kTiles>
+NF4LORA_DEVICE void send(Ring<kTiles> &ring, const GroupBwdParams &p, const Work &work, int i) {
+    const uint32_t stage = Turn(i).stage;
+    const Step step = step_at(p, work.first + i);
+    if (!step.lora)
+        copy_codes<kTiles>(ring.codes[stage], p, work, step);
+    copy_tokens<kTiles>(ring.dy[stage], p, work, step);
+    cp_async_commit();
+}
+
+// The first steps, which find the ring empty, and the scales of the very first.
+template <int kTiles>
+NF4LORA_DEVICE void send_first(RowScales<kTiles> &scales, Ring<kTiles> &ring, const GroupBwdParams &p,
+                               const Work &work) {
+    scales.load(p, work, work.first);
+    for (int i = 0; i < kLag && i < work.last - work.first; ++i)
+        send<kTiles>(ring, p, work, i);
+}
+
 template <class T, int kTiles>
-NF4LORA_DEVICE void produce(Shared<kTiles> *shared, const GroupBwdParams &p, const Work &work) {
+NF4LORA_DEVICE void produce(RowScales<kTiles> &scales, Shared<kTiles> *shared, const GroupBwdParams &p,
+                            const Work &work) {
     Ring<kTiles> &ring = shared->ring;
-    const int me = static_cast<int>(threadIdx.x) - kConsumers, steps = work.last - work.first;
+    const int steps = work.last - work.first;
     int published = 0;
     for (int i = 0; i < steps; ++i) {
         const Turn turn(i);
-        const Step step = step_at(p, work.first + i);
-        uint64_t *full = shared->full + turn.stage;
-        RowScales<kTiles> scales;
-        if (!step.lora)
-            scales.load(p, work, step, me);
         if (i >= kStages)
             mbarrier_wait(shared->empty + turn.stage, turn.parity ^ 1);
-        if (!step.lora)
-            copy_codes<kTiles>(ring.codes[turn.stage], p, work, step, me, full);
-        else if (me % kLanes == 0)
-            mbarrier_arrive(full);
-        copy_tokens<kTiles>(ring.dy[turn.stage], p, work, step, me);
-        cp_async_commit();
-        if (!step.lora) {
-            scales.store(ring.scales[turn.stage], shared->map, me);
+        if (i >= kLag)
+            send<kTiles>(ring, p, work, i);
+        if (work.first + i < work.lora) {
+            scales.store(ring.scales[turn.stage], shared->map);
             cp_async_wait<kLag>();
             if (i >= kLag)
                 publish(shared->full + Turn(published++).stage);
         } else {  // as many as the ring holds are multiplied at once, so none may be kept back
-            copy_adapters<T, kTiles>(ring.codes[turn.stage], p, work, step, me);
+            copy_adapters<T, kTiles>(ring.codes[turn.stage], p, work, step_at(p, work.first + i));
             cp_async_wait<0>();
             for (; published <= i; ++published)
                 publish(shared->full + Turn(published).stage);
         }
+        scales.load(p, work, work.first + i + 1);
     }
     cp_async_wait<0>();
     for (; published < steps; ++published)
@@ -305,48 +326,35 @@ NF4LORA_DEVICE void produce(Shared<kTiles> *shared, const GroupBwdParams &p, con
 template <int kTiles>
 using Sums = float[kTiles][kSums / kTiles];
 
-// The place of a lane. The four warps of a warpgroup hold whole 64-blocks of columns: a warp takes kTiles bytes of each
-// word of a block, lanes 4g to 4g + 3 those of word g.
+// The place of a lane. A transposing load gives lanes 4g to 4g + 3 the g-th two bytes of 16 of a row, which are 32
+// columns: with two tiles a byte each; with one, two warps read the same 16, and the odd one takes the odd bytes.
 template <int kTiles>
 struct Lane {
-    static constexpr int kWarpsPerBlock = 4 / kTiles;
+    static constexpr int kWarpsPerBlock = 4 / kTiles;  // of 64 columns
     int t;       // 2 (lane % 4): rows t, t + 1, t + 8, t + 9 of a slice, and tokens t, t + 1 of eight
+    int odd;     // which of the two bytes the first tile has
     int column;  // of the block's: the first of 2 kTiles
     int source;  // the same, but in the first 64-block where the own one lies beyond K
 
     NF4LORA_DEVICE Lane(const GroupBwdParams &p, const Work &work) {
         const int lane = threadIdx.x % kLanes, warp = threadIdx.x / kLanes, block = warp / kWarpsPerBlock * 64;
         t = 2 * (lane % 4);
-        source = lane / 4 * 8 + warp % kWarpsPerBlock * (2 * kTiles);
+        odd = kTiles == 1 ? warp % 2 : 0;
+        source = warp % kWarpsPerBlock * kTiles / 2 * 32 + lane / 4 * 4 + odd * 2;
         column = block + source;
         if (work.column0 + block < p.K)
             source = column;
     }
 };
 
-// A lane's operands of a slice: kTiles bytes of each of four rows, and the rows' scales.
-template <int kTiles>
-struct Codes {
-    uint32_t bytes[4];
-    float4 scale;
-
-    NF4LORA_DEVICE void load(const char *codes, const float *scales) {
-        constexpr int kPitch = Shape<kTiles>::kCodePitch;
-        typedef std::conditional_t<kTiles == 2, uint16_t, uint8_t> Word;
-#pragma unroll
-        for (int i = 0; i < 4; ++i)
-            bytes[i] = *reinterpret_cast<const Word *>(codes + (i % 2 + i / 2 * 8) * kPitch);
-        scale = *reinterpret_cast<const float4 *>(scales);
-    }
-};
-
-// The weights of one tile: rows t, t + 1, t + 8, t + 9, two columns of each.
-template <int kTiles>
-NF4LORA_DEVICE void decode(float2 (&w)[4], const Codes<kTiles> &codes, int tile, const char *table, uint32_t column) {
-    const float scale[4] = {codes.scale.x, codes.scale.y, codes.scale.z, codes.scale.w};
+// The weights of one tile: rows t, t + 1, t + 8, t + 9, two columns of each. bytes: those of rows t and t + 1, and of
+// t + 8 and t + 9; selector: which byte of them is that of the upper, the lower row.
+NF4LORA_DEVICE void decode(float2 (&w)[4], const uint32_t *bytes, const uint32_t (&selector)[2], const float4 &scales,
+                           const char *table, uint32_t column) {
+    const float scale[4] = {scales.x, scales.y, scales.z, scales.w};
 #pragma unroll
     for (int i = 0; i < 4; ++i) {
-        const float2 value = lookup_values(table, codes.bytes[i], column, byte_selector(tile));
+        const float2 value = lookup_values(table, bytes[i / 2], column, selector[i % 2]);
         w[i] = make_float2(__fmul_rn(value.x, scale[i]), __fmul_rn(value.y, scale[i]));
     }
 }
@@ -381,32 +389,48 @@ NF4LORA_DEVICE void multiply(float (&sum)[kSums / kTiles], const uint32_t (&a)[4
 template <class T, int kTiles>
 NF4LORA_DEVICE void consume_weights(Sums<kTiles> &sum, Shared<kTiles> *shared, const GroupBwdParams &p,
                                     const Work &work, const Lane<kTiles> &lane) {
-    constexpr int kPitch = Shape<kTiles>::kCodePitch;
-    const uint32_t table_column = threadIdx.x % kLanes * sizeof(float2);
-    const int codes_at = lane.t * kPitch + lane.source / 2, scales_at = lane.source >> scale_shift(p);
+    constexpr int kPitch = Shape<kTiles>::kCodePitch, kLoaded = kLanes / kSlice;  // slices a load of codes brings
+    const Ring<kTiles> &ring = shared->ring;
+    const int column = pinned(threadIdx.x % kLanes * sizeof(float2));
+    const int codes_at = pinned(threadIdx.x % kLanes * kPitch + lane.source / 32 * 16);
+    const int scales_at = pinned((lane.source >> scale_shift(p)) * kDepth + 2 * lane.t);
+    uint32_t selector[kTiles][2];
+#pragma unroll
+    for (int i = 0; i < 2 * kTiles; ++i) {
+        selector[i / 2][i % 2] = byte_selector(i % 2 * 2 + i / 2 + lane.odd);
+        if constexpr (kTiles == 1)  // else they are constants
+            selector[i / 2][i % 2] = pinned(selector[i / 2][i % 2]);
+    }
+    const uint64_t dy0 = wgmma_descriptor(ring.dy[0]);
     const int steps = work.lora - work.first;
-    for (int i = 0; i < steps; ++i) {
-        const Turn turn(i);
-        mbarrier_wait(shared->full + turn.stage, turn.parity);
-        const uint64_t dy = wgmma_descriptor(shared->ring.dy[turn.stage]);
-        const char *rows = shared->ring.codes[turn.stage] + codes_at;
-        const float *scales = shared->ring.scales[turn.stage][scales_at] + 2 * lane.t;
+    // A turn goes once round the ring, with constants for addresses; the last may not be whole.
+    for (int turn = 0; turn < steps; turn += kStages) {
 #pragma unroll
-        for (int slice = 0; slice < kDepth / kSlice; ++slice) {
-            Codes<kTiles> codes;
-            codes.load(rows + slice * kSlice * kPitch, scales + slice * kSlice);
+        for (int stage = 0; stage < kStages; ++stage) {
+            if (turn + stage >= steps)
+                continue;
+            mbarrier_wait(shared->full + stage, Turn(turn).parity);
+            const uint64_t dy = dy0 + stage * (sizeof(ring.dy[0]) >> 4);
+            uint32_t bytes[2 * kLoaded];  // two of each of two rows of eight
 #pragma unroll
-            for (int tile = 0; tile < kTiles; ++tile) {
-                float2 w[4];
-                decode<kTiles>(w, codes, tile, shared->table, table_column);
-                wgmma_wait<1>(sum[tile]);  // two are under way, and the older one's operand is written next
-                if (slice == 1 && tile == 0 && i > 0)
-                    release(shared->empty + Turn(i - 1).stage);
-                uint32_t a[4];
-                round_operand<T>(a, w);
-                wgmma_fence(sum[tile]);
-                multiply<T, kTiles>(sum[tile], a, dy + slice * kNextSlice);
-                wgmma_commit();
+            for (int slice = 0; slice < kDepth / kSlice; ++slice) {
+                if (slice % kLoaded == 0)
+                    ldmatrix_x4_trans(bytes, ring.codes[stage] + codes_at + slice * kSlice * kPitch);
+                const float4 scales =
+                    *reinterpret_cast<const float4 *>(ring.scales[stage][0] + scales_at + slice * kSlice);
+#pragma unroll
+                for (int tile = 0; tile < kTiles; ++tile) {
+                    float2 w[4];
+                    decode(w, bytes + slice % kLoaded * 2, selector[tile], scales, shared->table, column);
+                    wgmma_wait<1>(sum[tile]);  // two are under way, and the older one's operand is written next
+                    if (slice == 1 && tile == 0 && turn + stage > 0)
+                        release(shared->empty + (stage + kStages - 1) % kStages);
+                    uint32_t a[4];
+                    round_operand<T>(a, w);
+                    wgmma_fence(sum[tile]);
+                    multiply<T, kTiles>(sum[tile], a, dy + slice * kNextSlice);
+                    wgmma_commit();
+                }
             }
         }
     }
@@ -551,7 +575,7 @@ NF4LORA_DEVICE void copy_out(const GroupBwdParams &p, const Work &work, const ch
 NF4LORA_DEVICE void consumers_meet() { bar_sync(kConsumersMet, kConsumers); }
 
 template <class T, int kTiles>
-NF4LORA_DEVICE void consume(Shared<kTiles> *shared, const GroupBwdParams &p, const Work &work, uint32_t *counter) {
+NF4LORA_DEVICE void consume(Shared<kTiles> *shared, const GroupBwdParams &p, const Work &work) {
     const Lane<kTiles> lane(p, work);
     Sums<kTiles> sum = {};
     consume_weights<T, kTiles>(sum, shared, p, work, lane);
@@ -559,8 +583,10 @@ NF4LORA_DEVICE void consume(Shared<kTiles> *shared, const GroupBwdParams &p, con
     if (gridDim.z > 1) {
         store_part<kTiles>(sum, part_of(p, blockIdx.z));
         consumers_meet();  // all have stored
-        if (threadIdx.x == 0)
-            shared->arrived = atomic_add_acq_rel(counter, 1);
+        if (threadIdx.x == 0) {
+            uint32_t *counter = p.counters + int64_t{blockIdx.y} * gridDim.x + blockIdx.x;
+            shared->arrived = atomic_inc_acq_rel(counter, gridDim.z - 1);
+        }
         consumers_meet();
         if (shared->arrived + 1 < gridDim.z)
             return;
@@ -572,10 +598,10 @@ NF4LORA_DEVICE void consume(Shared<kTiles> *shared, const GroupBwdParams &p, con
     copy_out<kTiles>(p, work, shared->out);
 }
 
-// Grid: (tiles of K, tiles of M, parts of the reduction). counters: one a tile, zero before the launch.
+// Grid: (tiles of K, tiles of M, parts of the reduction).
 template <class T, int kTiles>
 __global__ void __launch_bounds__(kThreads, 1) bwd_kernel(const __grid_constant__ GroupBwdParams p, int weight_steps,
-                                                          int steps, uint32_t *counters) {
+                                                          int steps) {
     NF4LORA_SHARED(Shared<kTiles>, shared);
     const int first = static_cast<int>(int64_t{steps} * blockIdx.z / gridDim.z);
     const int last = static_cast<int>(int64_t{steps} * (blockIdx.z + 1) / gridDim.z);
@@ -583,21 +609,25 @@ __global__ void __launch_bounds__(kThreads, 1) bwd_kernel(const __grid_constant_
                     weight_steps < first ? first : weight_steps < last ? weight_steps : last, last};
     if (threadIdx.x == 0) {
         for (int stage = 0; stage < kStages; ++stage) {
-            mbarrier_init(shared->full + stage, 2 * (kProducers / kLanes));
+            mbarrier_init(shared->full + stage, kProducers / kLanes);
             mbarrier_init(shared->empty + stage, kConsumers / kLanes);
         }
         fence_mbarrier_init();
     }
+    const bool producing = threadIdx.x >= kConsumers;
+    RowScales<kTiles> scales;
+    if (producing)
+        send_first<kTiles>(scales, shared->ring, p, work);
     fill_values(shared->table, p.member[0].w.quant_type);
     fill_map(shared->map);
     __syncthreads();
 
-    if (threadIdx.x < kConsumers) {
+    if (!producing) {
         take_registers<kConsumerRegisters>();
-        consume<T, kTiles>(shared, p, work, counters + int64_t{blockIdx.y} * gridDim.x + blockIdx.x);
+        consume<T, kTiles>(shared, p, work);
     } else {
         give_registers<kProducerRegisters>();
-        produce<T, kTiles>(shared, p, work);
+        produce<T, kTiles>(scales, shared, p, work);
     }
 }
 
@@ -609,10 +639,9 @@ struct Plan {
     int weight_steps, steps;
 
     int64_t outputs() const { return int64_t{grid.x} * grid.y; }
-    int64_t part_bytes() const {
+    int64_t workspace() const {
         return grid.z > 1 ? outputs() * grid.z * (kSums * kConsumers * int64_t{sizeof(float)}) : 0;
     }
-    int64_t counter_bytes() const { return grid.z > 1 ? outputs() * static_cast<int64_t>(sizeof(uint32_t)) : 0; }
 };
 
 Plan plan_of(const GroupBwdParams &p) {
@@ -621,24 +650,18 @@ Plan plan_of(const GroupBwdParams &p) {
     for (int64_t i = 0; i < p.count; ++i)
         plan.weight_steps += static_cast<int>(ceil_div(p.member[i].w.rows, kDepth));
     plan.steps = plan.weight_steps + static_cast<int>(ceil_div(p.r, kSlice));
-    const int wanted = p.config.split < kMostParts ? p.config.split : kMostParts;
-    const int parts = wanted < plan.steps ? wanted : plan.steps;
     plan.grid = dim3(static_cast<unsigned>(ceil_div(p.K, plan.tiles == 2 ? Shape<2>::kColumns : Shape<1>::kColumns)),
-                     static_cast<unsigned>(ceil_div(p.M, plan.tiles == 2 ? Shape<2>::kTokens : Shape<1>::kTokens)),
-                     static_cast<unsigned>(parts < 1 ? 1 : parts));
+                     static_cast<unsigned>(ceil_div(p.M, plan.tiles == 2 ? Shape<2>::kTokens : Shape<1>::kTokens)));
+    const int most = plan.outputs() > kCounters ? 1 : plan.steps < kMostParts ? plan.steps : kMostParts;
+    const int parts = p.config.split < most ? p.config.split : most;
+    plan.grid.z = static_cast<unsigned>(parts < 1 ? 1 : parts);
     return plan;
 }
 
 template <class T, int kTiles>
 const char *launch(const GroupBwdParams &p, const Plan &plan, void *stream) {
-    uint32_t *counters = nullptr;
-    if (plan.grid.z > 1) {
-        counters = reinterpret_cast<uint32_t *>(static_cast<char *>(p.workspace) + plan.part_bytes());
-        if (const char *error = zero_async(counters, static_cast<size_t>(plan.counter_bytes()), stream))
-            return error;
-    }
     return NF4LORA_LAUNCH((bwd_kernel<T, kTiles>), plan.grid, kThreads, sizeof(Shared<kTiles>), stream, p,
-                          plan.weight_steps, plan.steps, counters);
+                          plan.weight_steps, plan.steps);
 }
 
 template <class T>
@@ -653,9 +676,6 @@ const char *linear_bwd_wgmma(const GroupBwdParams &p, void *stream) {
     return p.dy_dtype == kBFloat16 ? linear_bwd<__nv_bfloat16>(p, stream) : linear_bwd<__half>(p, stream);
 }
 
-int64_t linear_bwd_wgmma_workspace(const GroupBwdParams &p) {
-    const Plan plan = plan_of(p);
-    return plan.part_bytes() + plan.counter_bytes();
-}
+int64_t linear_bwd_wgmma_workspace(const GroupBwdParams &p) { return plan_of(p).workspace(); }
 
 }  // namespace nf4lora

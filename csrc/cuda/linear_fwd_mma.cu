@@ -2,21 +2,23 @@
 // Operands:      params.h; x, xa and y of one type T, bf16 or fp16; xa as lora_fwd left it
 // Rounding:      a weight is T(codebook * absmax), the product in fp32: the bits dequantize gives. B is rounded to T.
 //                Sums in fp32: xa B^T, times scaling, then x W^T on top, then the bias; y is rounded once
-// Preconditions: K % 64 == 0 and at most 2^23; x and packed 16-byte aligned; blocksize a power of two from 32 on
+// Preconditions: K % 64 == 0; x and packed 16-byte aligned; blocksize a power of two from 32 on; below 2^35 elements
+//                of x and 2^37 of a weight
 // Memory:        codes and absmax once for each tile of tokens, x once for each tile of rows (token tiles of the same
 //                rows are neighbours, so that L2 serves both), y once; 65 KiB shared. A split writes and reads its
 //                partial sums
-// Budget:        a weight: decode 2.5 instructions, 1 MMA for 64 tokens; main loop 5.0 at 256 rows, 6.3 at 128, for 128
-//                tokens 8.1 (sm_80); no spills
+// Budget:        instructions a weight, of 64 tokens and 256 rows: 2.5 decode it, 1 is products, 1/4 fetches x; main
+//                loop 4.1 (sm_80 to sm_120), 4.5 at 128 rows, 6.2 for 128 tokens, where 5.5 is the least; no spills
 //
 // The weight is the A operand: a warp decodes its own rows straight into fragments, each weight once; tokens are
-// columns. A sum over k may run in any order that both operands share: of each 64 columns, lane c of a quad takes 16c
-// to 16c + 15. These are 8 bytes of codes, of one absmax even at blocksize 32, and two 16-byte pieces of a token.
+// columns. A sum over k may run in any order that both operands share: of each 256 columns, a step, lane c of a quad
+// takes 64c to 64c + 63, its run. These are two 16-byte loads of codes, of one absmax (two at blocksize 32), so that no
+// lane needs what another has decoded. Of x, a slice of 16 columns of each run is staged at a time.
 //
 // Shared memory is 256 rows of 256 bytes. In the lower half of row b lie the two values that byte b decodes to, in 16
 // copies: 64-bit loads serve 16 lanes at a time, so no two meet in a bank, and one byte_perm makes the offset. In the
-// upper halves, 128 bytes each, lie the stages of x. Before the loop B's rows take the place of the values, and xa's
-// that of the last stage; after it the tile of y takes that of everything.
+// upper halves, 128 bytes each, lie two stages of x. Before the loop B's rows take the place of the values, and xa's
+// that of the last slice; after it the tile of y takes that of everything.
 #include "../tile.cuh"
 #include "paths.h"
 
@@ -25,21 +27,23 @@ namespace {
 
 constexpr int kThreads = 256;
 constexpr int kWarps = kThreads / kLanes;
-constexpr int kStep = 64;    // columns of W and x that a step of the main loop takes
+constexpr int kStep = 256;   // columns of W and x that a step of the main loop takes
+constexpr int kRun = 64;     // those of a lane, one after another
+constexpr int kSlice = 16;   // those of a run that lie in shared memory together
+constexpr int kSlices = kRun / kSlice;
 constexpr int kRow = 256;    // bytes of a row of shared memory
 constexpr int kHalf = 128;
 constexpr int kRows = 256;
-constexpr int kPiece = 16;   // bytes of one copy, 8 elements
+constexpr int kPiece = 16;   // bytes of one copy: 8 elements, or codes of 32 weights
 constexpr int kMaxSplit = 64;
-constexpr int64_t kMaxK = int64_t{1} << 23;  // a tile spans less than 2^32 bytes of W and x
 static_assert(kRow == kTableRow && kRows * kRow == kTableBytes, "what table_offset makes");
-static_assert(kHalf == kStep * sizeof(uint16_t), "a half holds a step of one token");
+static_assert(kHalf == 4 * kSlice * sizeof(uint16_t), "a half holds a quad's slice of one token");
 static_assert(kThreads == kRows, "a thread fills a row of the table");
 
 constexpr size_t kMapAt = kRows * kRow, kWordAt = kMapAt + kDynamicCodes * sizeof(float);
 constexpr size_t kSharedBytes = kWordAt + sizeof(uint32_t);
 
-template <int kTokens_, int kFragments_>
+template <int kTokens_, int kFragments_, int kBlocks_ = 1>
 struct Shape {
     static constexpr int kTokens = kTokens_;
     static constexpr int kFragments = kFragments_;          // of 16 rows, of a warp
@@ -47,21 +51,19 @@ struct Shape {
     static constexpr int kWarpRows = 16 * kFragments;
     static constexpr int kTileRows = kWarps * kWarpRows;
     static constexpr int kLaneRows = 2 * kFragments;        // lane / 4 + 8 i of a warp's rows
-    static constexpr int kStages = kRows / kTokens;
-    static constexpr int kStageBytes = kTokens * kRow;
-    static constexpr int kBlocks = kTokens * kFragments <= 64 ? 2 : 1;  // resident, where 128 registers are enough
+    static constexpr int kBlocks = kBlocks_;                // absmax of a lane's run of a row
+    static constexpr int kSlots = kRows / kTokens;          // for slices of x
+    static constexpr int kStageSlices = kSlots / 2;         // arrive together while those before are in use
+    static constexpr int kSlotBytes = kTokens * kRow;
+    // Blocks of a multiprocessor. Left alone, the compiler takes so few registers that two of 64 x 128 fit; made to, it
+    // spills.
+    static constexpr int kResident = kTokens * kFragments * kBlocks == 64 ? 0 : 1;
     static_assert(kTileRows <= kRows, "B's rows in the lower halves");
     static_assert(kTileRows * kTokens * 2 <= kRows * kRow, "the tile of y");
 };
 
 // Offset of piece i of a row in its half: eight rows of one column lie in eight different groups of banks.
 NF4LORA_DEVICE constexpr int piece_at(int row, int i) { return (i ^ (row & 7)) * kPiece; }
-
-// Where the same piece lies in the next stage, and after the last in the first.
-template <class S>
-NF4LORA_DEVICE constexpr uint32_t next_stage(uint32_t at) {
-    return (at + S::kStageBytes) % (kRows * kRow);
-}
 
 // ---- which tile
 
@@ -148,13 +150,13 @@ template <class S, class T>
 NF4LORA_DEVICE void add_adapter(float (&sum)[S::kFragments][S::kColumns][4], const GroupFwdParams &p, const Tile &tile,
                                 char *shared) {
     const Member &member = p.member[tile.member];
-    char *const last_stage = shared + (S::kStages - 1) * S::kStageBytes + kHalf;
+    char *const last_slot = shared + (S::kSlots - 1) * S::kSlotBytes + kHalf;
     const int lane = threadIdx.x % kLanes, g = lane / 4, c = lane % 4;
     const char *const my_rows = shared + (threadIdx.x / kLanes * S::kWarpRows + g) * kRow;
-    const char *const my_tokens = last_stage + g * kRow;
+    const char *const my_tokens = last_slot + g * kRow;
     const int64_t rows = member.w.rows - tile.row0, first = tile.row0 * member.r;
 #pragma unroll 1
-    for (int64_t rank = 0; rank < member.r; rank += kStep) {
+    for (int64_t rank = 0; rank < member.r; rank += kRun) {
         const int64_t left = member.r - rank;
         const int log_width = left > 32 ? 6 : 5;
         const auto stage_B = [&](const auto *B) {
@@ -166,7 +168,7 @@ NF4LORA_DEVICE void add_adapter(float (&sum)[S::kFragments][S::kColumns][4], con
             stage_B(static_cast<const __nv_bfloat16 *>(member.lora_B));
         else
             stage_B(static_cast<const __half *>(member.lora_B));
-        stage_columns<T, S::kTokens>(last_stage, static_cast<const T *>(p.xa) + tile.token0 * p.r + tile.rank0 + rank,
+        stage_columns<T, S::kTokens>(last_slot, static_cast<const T *>(p.xa) + tile.token0 * p.r + tile.rank0 + rank,
                                      p.r, p.M - tile.token0, left, log_width);
         __syncthreads();
 #pragma unroll 1
@@ -195,79 +197,95 @@ NF4LORA_DEVICE void add_adapter(float (&sum)[S::kFragments][S::kColumns][4], con
 
 // ---- the weight of a lane's rows
 
-constexpr int kStepBytes = kStep / 2;  // of codes
-constexpr int kLaneBytes = kStepBytes / 4;
-
-// Row i of a lane is lane / 4 + 8 i of its warp. Where it begins, in bytes of codes from the tile's first row; rows
-// past the member's last are its last.
+// Codes and scales of a lane's rows, fetched ahead of use. Row i of a lane is lane / 4 + 8 i of its warp; rows past the
+// member's last are its last. A run past the last column is the one before it again: there x is zero.
 template <class S>
-NF4LORA_DEVICE uint32_t row_begin(int i, int64_t rows, int64_t K) {
-    const int row = threadIdx.x / kLanes * S::kWarpRows + threadIdx.x % kLanes / 4 + 8 * i;
-    return static_cast<uint32_t>(row < rows ? row : rows - 1) * static_cast<uint32_t>(K / 2);
-}
-
-// The absmax of what a lane decodes. A step is one run of columns under one absmax, at blocksize 32 it is two. The
-// lanes of a quad load and decode one each, of their rows and of one or two runs, and hand them round; loads are a turn
-// ahead.
-template <class S>
-class Absmax {
+class Rows {
   public:
-    // of w's rows from row0 on, from `begin` bytes of codes into them
-    NF4LORA_DEVICE Absmax(const Weight &w, int64_t row0, int64_t begin, const float *map)
-        : map_(map), halves_(kRuns > 1 && w.blocksize < kStep) {
-        shift_ = 30 - __clz(static_cast<int>(w.blocksize));  // here, as a host pass of nvcc parses initializers
-        const int64_t first = row0 * (w.cols / 2) + begin;
-        const int64_t nested = (first >> shift_) / Scales::kNestedBlocksize, block = nested * Scales::kNestedBlocksize;
-        const uint32_t row = static_cast<uint32_t>(first - (block << shift_)) +
-                             row_begin<S>(threadIdx.x % S::kLaneRows, w.rows - row0, w.cols);
-        at_ = row + threadIdx.x % 4 / S::kLaneRows * run_bytes();
-        last_ = row + static_cast<uint32_t>(w.cols / 2 - begin) - run_bytes();
-        nested_ = w.nested_absmax ? w.nested_absmax + nested : nullptr;
-        absmax_ = static_cast<const char *>(w.absmax) + block * (nested_ ? sizeof(uint8_t) : sizeof(float));
-        offset_ = nested_ ? *w.offset : 0.0f;
-        code_ = 0;
-        fetch();
+    static constexpr int kWords = kRun / 8;  // of codes, of a run
+
+    uint32_t word[S::kLaneRows][kWords];
+    float scale[S::kBlocks][S::kLaneRows];
+
+    // w's rows from row0 on, the step at column0; `left` columns from the lane's run on belong to this part of K.
+    NF4LORA_DEVICE Rows(const Weight &w, int64_t row0, int64_t column0, int left, const float *map)
+        : codes_(reinterpret_cast<const uint4 *>(w.packed)), map_(map), nested_(w.nested_absmax != nullptr) {
+        const int lane = threadIdx.x % kLanes, warp_row = threadIdx.x / kLanes * S::kWarpRows;
+        const int64_t column = column0 + (left > 0 ? lane % 4 * kRun : 0);
+#pragma unroll
+        for (int i = 0; i < S::kLaneRows; ++i) {
+            const int64_t row = row0 + warp_row + lane / 4 + 8 * i;
+            at_[i] = static_cast<uint32_t>(((row < w.rows ? row : w.rows - 1) * w.cols + column) / kPieceWeights);
+        }
+        // An absmax that is not nested is decoded too, as 1 * absmax - 0, which is its bits.
+        absmax_codes_ = static_cast<const uint8_t *>(w.absmax);
+        factors_ = nested_ ? w.nested_absmax : static_cast<const float *>(w.absmax);
+        block_shift_ = 26 - __clz(static_cast<int>(w.blocksize));  // here, as a host pass of nvcc parses initializers
+        factor_shift_ = block_shift_ + (nested_ ? kNestedShift : 0);
+        offset_ = nested_ ? *w.offset : -0.0f;
+#pragma unroll
+        for (int b = 0; b < S::kBlocks; ++b)
+#pragma unroll
+            for (int i = 0; i < S::kLaneRows; ++i)
+                code_[b][i] = kDynamicCodes - 1;
+        fetch_first();
+        take_scales();
     }
 
-    // Those of a step; every step is asked for, from 0 on.
-    NF4LORA_DEVICE void of_step(float (&scale)[S::kLaneRows], int step) {
-        const int first_run = (halves() ? 2 * step : step) % kRuns;
-        if (first_run == 0) {
-            decoded_ = nested_ ? __fadd_rn(__fmul_rn(map_[code_], factor_), offset_) : factor_;
-            fetch();
-        }
-        const int run = first_run + (halves() ? threadIdx.x % 4 / 2 : 0);
+    NF4LORA_DEVICE void fetch_second_half() { fetch_codes(1); }
+
+    // On to the next step: fetches the codes of the first half of its run and what its scales are made of.
+    NF4LORA_DEVICE void go_on(int left) {
+        const uint32_t ahead = left > kStep ? kStep / kPieceWeights : 0;
 #pragma unroll
         for (int i = 0; i < S::kLaneRows; ++i)
-            scale[i] = __shfl_sync(~0u, decoded_, run * S::kLaneRows + i, 4);
+            at_[i] += ahead;
+        fetch_first();
+    }
+
+    NF4LORA_DEVICE void take_scales() {
+#pragma unroll
+        for (int b = 0; b < S::kBlocks; ++b)
+#pragma unroll
+            for (int i = 0; i < S::kLaneRows; ++i)
+                scale[b][i] = __fadd_rn(__fmul_rn(map_[code_[b][i]], factor_[b][i]), offset_);
     }
 
   private:
-    static constexpr int kRuns = 4 / S::kLaneRows;  // of a turn
+    static constexpr int kPieceWeights = 2 * kPiece, kNestedShift = 8;
+    static_assert(1 << kNestedShift == Scales::kNestedBlocksize, "blocks of a nested block");
+    static_assert(kDynamicCodebook[kDynamicCodes - 1] == 1.0f, "the code of an absmax that is not nested");
 
-    NF4LORA_DEVICE bool halves() const { return kRuns > 1 && halves_; }
-    NF4LORA_DEVICE uint32_t run_bytes() const { return halves() ? kStepBytes / 2 : kStepBytes; }
-
-    NF4LORA_DEVICE void fetch() {
-        const uint32_t block = (at_ < last_ ? at_ : last_) >> shift_;
-        if (nested_) {
-            code_ = static_cast<const uint8_t *>(absmax_)[block];
-            factor_ = nested_[block / uint32_t{Scales::kNestedBlocksize}];
-        } else {
-            factor_ = static_cast<const float *>(absmax_)[block];
+    NF4LORA_DEVICE void fetch_codes(int half) {
+#pragma unroll
+        for (int i = 0; i < S::kLaneRows; ++i) {
+            const uint4 codes = __ldg(codes_ + at_[i] + half);
+            uint32_t *const to = word[i] + half * kWords / 2;
+            to[0] = codes.x, to[1] = codes.y, to[2] = codes.z, to[3] = codes.w;
         }
-        at_ += kRuns * run_bytes();
     }
 
-    const void *absmax_;  // of the first block of the nested block in which the tile's first block lies
-    const float *nested_, *map_;
-    int shift_;           // from a byte of codes to its block
-    bool halves_;         // two runs a step, else one
-    uint32_t at_, last_;  // byte of codes from there on: of the lane's next run, of its row's last one
+    NF4LORA_DEVICE void fetch_first() {
+        fetch_codes(0);
+#pragma unroll
+        for (int b = 0; b < S::kBlocks; ++b)
+#pragma unroll
+            for (int i = 0; i < S::kLaneRows; ++i) {
+                factor_[b][i] = factors_[(at_[i] + b) >> factor_shift_];
+                if (nested_)
+                    code_[b][i] = absmax_codes_[(at_[i] + b) >> block_shift_];
+            }
+    }
+
+    const uint4 *codes_;
+    const uint8_t *absmax_codes_;
+    const float *factors_, *map_;
+    bool nested_;
+    int block_shift_, factor_shift_;
+    uint32_t at_[S::kLaneRows];  // pieces of codes before the lane's runs in the weight
     float offset_;
-    float factor_;        // the absmax, or what its code's value is multiplied by
-    uint32_t code_;
-    float decoded_;
+    float factor_[S::kBlocks][S::kLaneRows];
+    uint32_t code_[S::kBlocks][S::kLaneRows];
 };
 
 // A thread fills a row of the table, eight neighbours eight different pieces at a time.
@@ -280,70 +298,99 @@ NF4LORA_DEVICE void fill_table(char *shared, int32_t quant_type) {
         *reinterpret_cast<uint4 *>(shared + byte * kRow + piece_at(byte, i)) = make_uint4(even, odd, even, odd);
 }
 
-// The fragments of half a step from a word of codes of each row.
+// The fragments of half a slice from a word of codes of each row.
 template <class S, class T>
-NF4LORA_DEVICE void decode(uint32_t (&a)[S::kFragments][2][4], const char *shared, const uint32_t (&word)[S::kLaneRows],
-                           const float (&scale)[S::kLaneRows]) {
+NF4LORA_DEVICE void decode(uint32_t (&a)[S::kFragments][2][4], const char *shared, const Rows<S> &rows, int word) {
     const uint32_t column = threadIdx.x % 16 * sizeof(float2);
 #pragma unroll
-    for (int i = 0; i < S::kLaneRows; ++i)
+    for (int i = 0; i < S::kLaneRows; ++i) {
+        const float scale = rows.scale[word * S::kBlocks / Rows<S>::kWords][i];
 #pragma unroll
         for (int byte = 0; byte < 4; ++byte) {
-            const float2 v = lookup_values(shared, word[i], column, byte_selector(byte));
-            const float even = __fmul_rn(v.x, scale[i]), odd = __fmul_rn(v.y, scale[i]);
+            const float2 v = lookup_values(shared, rows.word[i][word], column, byte_selector(byte));
+            const float even = __fmul_rn(v.x, scale), odd = __fmul_rn(v.y, scale);
             a[i / 2][byte / 2][i % 2 + byte % 2 * 2] = round_pair<T>(even, odd);
         }
+    }
 }
 
-// Steps [begin, begin + steps) of x W^T. On entry the stages of x but the last are on their way; `fetch_x` sends for
-// one.
-template <class S, class T, class FetchX>
-NF4LORA_DEVICE void add_weight(float (&sum)[S::kFragments][S::kColumns][4], const Weight &w, int64_t row0,
-                               const char *shared, int64_t begin, int steps, FetchX fetch_x) {
-    const int lane = threadIdx.x % kLanes, g = lane / 4, c = lane % 4;
-    const uint8_t *codes_at = w.packed + row0 * (w.cols / 2) + begin * kStepBytes;
-    uint32_t row_at[S::kLaneRows];
-#pragma unroll
-    for (int i = 0; i < S::kLaneRows; ++i)
-        row_at[i] = row_begin<S>(i, w.rows - row0, w.cols) + c * kLaneBytes;
-    const char *const my_tokens = shared + kHalf + g * kRow;
-    Absmax<S> absmax(w, row0, begin * kStepBytes, reinterpret_cast<const float *>(shared + kMapAt));
+// ---- x
 
-    uint32_t low[S::kLaneRows], high[S::kLaneRows], next_low[S::kLaneRows], next_high[S::kLaneRows];
-    const auto fetch_codes = [&](int step) {
+// Copies of stages of x. Eight threads copy the pieces of a token's slice, two of each lane of a quad; a token past the
+// last is the last, a run past the last column zeros.
+template <class S>
+class Tokens {
+  public:
+    NF4LORA_DEVICE Tokens(const GroupFwdParams &p, int64_t token0, int64_t column0, char *shared)
+        : x_(static_cast<const uint4 *>(p.x)) {
+        const int token = threadIdx.x / 8, c = threadIdx.x % 4, half = threadIdx.x / 4 % 2;
+        to_ = shared + kHalf + token * kRow + piece_at(token, 2 * c + half);
 #pragma unroll
-        for (int i = 0; i < S::kLaneRows; ++i) {
-            const uint2 codes = __ldg(reinterpret_cast<const uint2 *>(codes_at + row_at[i]));
-            next_low[i] = codes.x, next_high[i] = codes.y;
+        for (int i = 0; i < kPasses; ++i) {
+            const int64_t t = token0 + token + i * kPassTokens, column = column0 + c * kRun + half * kPieceElements;
+            from_[i] = static_cast<uint32_t>(((t < p.M ? t : p.M - 1) * p.K + column) / kPieceElements);
         }
-        codes_at += step + 1 < steps ? kStepBytes : 0;  // beyond the last step, that of the last again
-    };
-    const auto take_codes = [&] {
-#pragma unroll
-        for (int i = 0; i < S::kLaneRows; ++i)
-            low[i] = next_low[i], high[i] = next_high[i];
-    };
+    }
 
-    float scale[S::kLaneRows];
-    uint32_t first[S::kFragments][2][4], second[S::kFragments][2][4];  // of the halves of a step
-    fetch_codes(0);
-    take_codes();
-    fetch_codes(1);
-    absmax.of_step(scale, 0);
-    decode<S, T>(first, shared, low, scale);
-    for (int step = 0; step < steps; ++step) {
-        cp_async_wait<S::kStages - 2>();
-        __syncthreads();  // this step's x has come, and no one reads the stage that is filled next
-        fetch_x(step + S::kStages - 1);
-        const char *const tokens = my_tokens + step % S::kStages * S::kStageBytes;
-        // Fragments are decoded while the tensor cores work on the half before; the compiler interleaves the two.
-        decode<S, T>(second, shared, high, scale);
-        multiply<S, T>(sum, first, tokens + piece_at(g, 2 * c));
-        take_codes();
-        fetch_codes(step + 2);
-        absmax.of_step(scale, step + 1);
-        decode<S, T>(first, shared, low, scale);
-        multiply<S, T>(sum, second, tokens + piece_at(g, 2 * c + 1));
+    // Sends for the stage that begins with a slice of this step; its slices from kSlices on are the next step's.
+    NF4LORA_DEVICE void fetch(int first, int left) const {
+        const int ahead = first / kSlices * kStep;
+#pragma unroll
+        for (int i = 0; i < kPasses; ++i)
+#pragma unroll
+            for (int slice = first; slice < first + S::kStageSlices; ++slice)
+                cp_async<kPiece>(to_ + i * kPassTokens * kRow + slice % S::kSlots * S::kSlotBytes,
+                                 x_ + from_[i] + (ahead + slice % kSlices * kSlice) / kPieceElements, left > ahead);
+        cp_async_commit();
+    }
+
+    NF4LORA_DEVICE void go_on() {
+#pragma unroll
+        for (int i = 0; i < kPasses; ++i)
+            from_[i] += kStep / kPieceElements;
+    }
+
+  private:
+    static constexpr int kPassTokens = kThreads / 8, kPasses = S::kTokens / kPassTokens;
+    static constexpr int kPieceElements = kPiece / static_cast<int>(sizeof(uint16_t));
+
+    const uint4 *x_;
+    char *to_;
+    uint32_t from_[kPasses];  // pieces of x
+};
+
+// Adds steps of x W^T, of which `left` columns are the lane's and those after it. On entry the first stage of x is on
+// its way.
+template <class S, class T>
+NF4LORA_DEVICE void add_weight(float (&sum)[S::kFragments][S::kColumns][4], Rows<S> &rows, Tokens<S> &tokens,
+                               const char *shared, int steps, int left) {
+    constexpr int kWords = Rows<S>::kWords;
+    const int g = threadIdx.x % kLanes / 4, c = threadIdx.x % 4;
+    const char *const x = shared + kHalf + g * kRow;
+    const char *const half_slice[] = {x + piece_at(g, 2 * c), x + piece_at(g, 2 * c + 1)};
+    uint32_t a[2][S::kFragments][2][4];  // of a word, and of the next
+    decode<S, T>(a[0], shared, rows, 0);
+#pragma unroll 1
+    for (int step = 0; step < steps; ++step, left -= kStep) {
+#pragma unroll
+        for (int word = 0; word < kWords; ++word) {
+            const int slice = word / 2;
+            if (word % (2 * S::kStageSlices) == 0) {
+                cp_async_wait<0>();
+                __syncthreads();  // this stage of x has come, and no one reads the other
+                tokens.fetch(slice + S::kStageSlices, left);
+            }
+            if (word == 0)
+                rows.fetch_second_half();
+            if (word == kWords / 2)
+                rows.go_on(left);
+            if (word == kWords - 1)
+                rows.take_scales();
+            // Fragments are decoded while the tensor cores work on those before; the compiler interleaves the two.
+            decode<S, T>(a[(word + 1) % 2], shared, rows, (word + 1) % kWords);
+            multiply<S, T>(sum, a[word % 2], half_slice[word % 2] + slice % S::kSlots * S::kSlotBytes);
+        }
+        tokens.go_on();
     }
     cp_async_wait<0>();
     __syncthreads();  // all have read the last stage
@@ -430,36 +477,21 @@ template <class S, class T>
 NF4LORA_DEVICE void add_tile(float (&sum)[S::kFragments][S::kColumns][4], const GroupFwdParams &p, const Tile &tile,
                              char *shared) {
     const Member &member = p.member[tile.member];
-    const int64_t all_steps = p.K / kStep, begin = all_steps * blockIdx.y / gridDim.y;
-    const int steps = static_cast<int>(all_steps * (blockIdx.y + 1) / gridDim.y - begin);
+    const int64_t all_steps = (p.K + kStep - 1) / kStep, first = all_steps * blockIdx.y / gridDim.y;
+    const int steps = static_cast<int>(all_steps * (blockIdx.y + 1) / gridDim.y - first);
+    const int64_t column0 = first * kStep, end = column0 + steps * kStep;
+    const int left = static_cast<int>((end < p.K ? end : p.K) - column0) - static_cast<int>(threadIdx.x) % 4 * kRun;
 
-    const int token = threadIdx.x / 8, piece = threadIdx.x % 8;
-    const char *const x = static_cast<const char *>(p.x) + (tile.token0 * p.K + begin * kStep) * 2;
-    const uint32_t token_bytes = static_cast<uint32_t>(p.K) * 2;
-    uint32_t from = token * token_bytes + piece * kPiece, to = kHalf + token * kRow + piece_at(token, piece);
-    const auto fetch_x = [&](int step) {
-        if (step < steps) {
-#pragma unroll
-            for (int i = 0; i < S::kTokens * 8 / kThreads; ++i) {
-                const int ahead = i * (kThreads / 8);
-                cp_async<kPiece>(shared + to + ahead * kRow, x + (from + ahead * token_bytes),
-                                 tile.token0 + token + ahead < p.M);
-            }
-            from += kStep * 2;
-            to = next_stage<S>(to);
-        }
-        cp_async_commit();  // empty after the last step
-    };
-#pragma unroll
-    for (int stage = 0; stage < S::kStages - 1; ++stage)
-        fetch_x(stage);
-
+    Tokens<S> tokens(p, tile.token0, column0, shared);
+    tokens.fetch(0, left);
     if (member.r > 0 && blockIdx.y == 0)
         add_adapter<S, T>(sum, p, tile, shared);
+    float *const map = reinterpret_cast<float *>(shared + kMapAt);
     fill_table(shared, member.w.quant_type);
-    fill_map(reinterpret_cast<float *>(shared + kMapAt));
+    fill_map(map);
     __syncthreads();
-    add_weight<S, T>(sum, member.w, tile.row0, shared, begin, steps, fetch_x);
+    Rows<S> rows(member.w, tile.row0, column0, left, map);
+    add_weight<S, T>(sum, rows, tokens, shared, steps, left);
 }
 
 template <class S, class T>
@@ -475,65 +507,62 @@ NF4LORA_DEVICE void finish_tile(float (&sum)[S::kFragments][S::kColumns][4], con
 }
 
 template <class S, class T>
-__global__ void __launch_bounds__(kThreads, S::kBlocks)
-    linear_tiles(const __grid_constant__ GroupFwdParams p, Grid grid, float4 *parts, uint32_t *arrived) {
+__global__ void __launch_bounds__(kThreads, S::kResident)
+    linear_tiles(const __grid_constant__ GroupFwdParams p, Grid grid) {
     NF4LORA_SHARED(char, shared);
     float sum[S::kFragments][S::kColumns][4] = {};
     add_tile<S, T>(sum, p, tile_of<S>(p, grid, blockIdx.x), shared);
     if (gridDim.y > 1) {
         constexpr int64_t kPart = Parts<S>::kFloats / 4;
-        float4 *const of_tile = parts + int64_t{blockIdx.x} * gridDim.y * kPart;
+        float4 *const of_tile = static_cast<float4 *>(p.workspace) + int64_t{blockIdx.x} * gridDim.y * kPart;
         Parts<S>::store(sum, of_tile + blockIdx.y * kPart);
-        if (!comes_last(arrived + blockIdx.x, gridDim.y, reinterpret_cast<uint32_t *>(shared + kWordAt)))
+        if (!comes_last(p.counters + blockIdx.x, gridDim.y, reinterpret_cast<uint32_t *>(shared + kWordAt)))
             return;
         for (uint32_t part = 0; part < gridDim.y; ++part)
             Parts<S>::add(sum, of_tile + part * kPart, part == 0);
     }
-    finish_tile<S, T>(sum, p, tile_of<S>(p, grid, blockIdx.x), shared);  // found again: a tile is nine registers
+    finish_tile<S, T>(sum, p, tile_of<S>(p, grid, pinned(blockIdx.x)), shared);  // found again: nine registers
 }
 
 // ---- host
 
 struct Plan {
-    int tokens, rows;
+    int tokens, rows, blocks;
     int64_t token_tiles, row_tiles, split;
 
     int64_t tiles() const { return token_tiles * row_tiles; }
-    int64_t counter_bytes() const { return split > 1 ? ceil_div(tiles() * 4, 256) * 256 : 0; }
     int64_t part_bytes() const { return split > 1 ? tiles() * split * tokens * rows * 4 : 0; }
 };
 
 Plan plan_of(const GroupFwdParams &p) {
-    Plan plan{p.config.tokens > 64 ? 128 : 64, p.config.rows > 128 ? 256 : 128, 0, 0, 1};
-    bool halves = false;
+    Plan plan{p.config.tokens > 64 ? 128 : 64, p.config.rows > 128 ? 256 : 128, 1, 0, 0, 1};
     for (int64_t i = 0; i < p.count; ++i)
-        halves |= p.member[i].w.blocksize < kStep;
-    if (plan.tokens == 128 || halves)
-        plan.rows = 128;  // more sums than registers; more absmax a step than a quad has lanes for rows
+        if (p.member[i].w.blocksize < kRun)
+            plan.blocks = 2, plan.tokens = 64;
+    if (plan.tokens == 128 || plan.blocks == 2)
+        plan.rows = 128;  // more sums than registers; more scales
     plan.token_tiles = ceil_div(p.M, plan.tokens);
     for (int64_t i = 0; i < p.count; ++i)
         plan.row_tiles += ceil_div(p.member[i].w.rows, plan.rows);
-    const int64_t steps = p.K / kStep, most = steps < kMaxSplit ? steps : kMaxSplit;
-    plan.split = p.config.split < 1 ? 1 : p.config.split < most ? p.config.split : most;
+    const int64_t steps = ceil_div(p.K, kStep), most = steps < kMaxSplit ? steps : kMaxSplit;
+    if (plan.tiles() <= kCounters)
+        plan.split = p.config.split < 1 ? 1 : p.config.split < most ? p.config.split : most;
     return plan;
 }
 
 template <class S, class T>
 const char *launch(const GroupFwdParams &p, const Plan &plan, void *stream) {
-    uint32_t *const arrived = static_cast<uint32_t *>(p.workspace);
-    float4 *const parts = reinterpret_cast<float4 *>(static_cast<char *>(p.workspace) + plan.counter_bytes());
-    if (plan.split > 1)
-        if (const char *error = zero_async(arrived, static_cast<size_t>(plan.counter_bytes()), stream))
-            return error;
     const dim3 blocks(static_cast<unsigned>(plan.tiles()), static_cast<unsigned>(plan.split));
     const Grid grid{static_cast<uint32_t>(plan.token_tiles), static_cast<uint32_t>(plan.row_tiles)};
-    return NF4LORA_LAUNCH((linear_tiles<S, T>), blocks, kThreads, kSharedBytes, stream, p, grid, parts, arrived);
+    return NF4LORA_LAUNCH((linear_tiles<S, T>), blocks, kThreads, kSharedBytes, stream, p, grid);
 }
 
 template <class T>
 const char *launch_shape(const GroupFwdParams &p, const Plan &plan, void *stream) {
     if (plan.tokens == 128)
         return launch<Shape<128, 1>, T>(p, plan, stream);
+    if (plan.blocks == 2)
+        return launch<Shape<64, 1, 2>, T>(p, plan, stream);
     return plan.rows == 128 ? launch<Shape<64, 1>, T>(p, plan, stream) : launch<Shape<64, 2>, T>(p, plan, stream);
 }
 
@@ -541,15 +570,16 @@ const char *launch_shape(const GroupFwdParams &p, const Plan &plan, void *stream
 
 const char *linear_fwd_mma(const GroupFwdParams &p, void *stream) {
     const Plan plan = plan_of(p);
-    if (p.K % kStep != 0 || p.K > kMaxK || plan.tiles() * kBand > INT32_MAX)
-        return "the mma path takes K a multiple of 64 up to 2^23, and up to 2^27 tiles";
+    constexpr int64_t kMaxX = int64_t{1} << 35, kMaxWeight = int64_t{1} << 37;  // 2^32 pieces
+    bool fits = p.K <= INT32_MAX && p.M * p.K <= kMaxX && plan.tiles() * kBand <= INT32_MAX;
+    for (int64_t i = 0; i < p.count; ++i)
+        fits &= p.member[i].w.rows * p.K <= kMaxWeight;
+    if (p.K % kRun != 0 || !fits)
+        return "the mma path takes K a multiple of 64, up to 2^35 elements of x and 2^37 of a weight, 2^27 tiles";
     return p.x_dtype == kBFloat16 ? launch_shape<__nv_bfloat16>(p, plan, stream)
                                   : launch_shape<__half>(p, plan, stream);
 }
 
-int64_t linear_fwd_mma_workspace(const GroupFwdParams &p) {
-    const Plan plan = plan_of(p);
-    return plan.counter_bytes() + plan.part_bytes();
-}
+int64_t linear_fwd_mma_workspace(const GroupFwdParams &p) { return plan_of(p).part_bytes(); }
 
 }  // namespace nf4lora

@@ -5,17 +5,18 @@
 // Rounding:      sums in fp32: over the blocks of 64 in order, then of the warps, of the parts, LoRA, bias; xa is
 //                rounded to T and goes on as such, as do A and B; y is rounded once
 // Preconditions: K % 64 == 0; x and packed 16-byte aligned; blocksize a power of two from 32 to 4096
-// Memory:        reads the codes once for each kTokens tokens, past shared memory; 68 KiB shared
+// Memory:        reads the codes once for each kTokens tokens, past shared memory; 68 KiB shared; of counters 2 for
+//                each kTokens tokens and one for each tile, none where nothing is split and r = 0
 // Budget:        at most 2 instructions a weight (8 tokens, bf16, nested, sm_90a); bench/codegen.py counts them
 //
 // A product of 16 rows with 8 tokens may take its columns in any order, if both operands take the same. So a lane loads
 // 8 consecutive bytes of a row's block of 64, whose 8 pairs are its share of four mma, and the matching 16 values of a
 // token lie together in shared memory.
 //
-// Thread blocks, of one chunk of tokens after the other: first the producers of xa, which claim slices of the columns;
-// whoever ends the last slice adds them up and raises the chunk's flag. Then those of y, each a tile of rows and a part
-// of the columns; the one that comes last to a tile adds its parts and, once the flag is up, finishes. A block that
-// finds it down claims what slices are left, so that none waits for a block that may not have started.
+// Thread blocks, of one chunk of tokens after the other: first the producers of xa, each of which claims a slice of the
+// columns; whoever ends the last slice adds them up and says that xa is there. Then those of y, each a tile of rows and
+// a part of the columns; the one that comes last to a tile adds its parts and, once xa is there, finishes. A block that
+// finds it missing claims what slices are left, so that none waits for a block that may not have started.
 #include "../dropout.cuh"
 #include "../tile.cuh"
 #include "paths.h"
@@ -36,13 +37,13 @@ constexpr int kAlign = 4;                      // blocks: where rows are multipl
 constexpr int kMapCopies = 4;                  // of the dynamic map, so that few of a warp's lanes meet in a bank
 constexpr int kSliceBlocks = kWarps;           // blocks of 64 columns in a slice of xa: one a warp
 
-// ---- shared memory: the table of pairs, in whose unused upper halves lie two chunks of x; the dynamic map; a word.
+// ---- shared memory: the table of pairs, in whose unused upper halves lie two chunks of x; the dynamic map; two words.
 // Once the table is done with, its place holds sums.
 
 constexpr int kBuffers = 2, kPiecesOfRow = kTableRow / 2 / sizeof(uint4);
 constexpr int kBufferPieces = 256 * kPiecesOfRow / kBuffers;
-constexpr size_t kMapAt = kTableBytes, kWordAt = kMapAt + kDynamicCodes * kMapCopies * sizeof(float);
-constexpr size_t kSharedBytes = kWordAt + sizeof(uint32_t);
+constexpr size_t kMapAt = kTableBytes, kArrivedAt = kMapAt + kDynamicCodes * kMapCopies * sizeof(float);
+constexpr size_t kStateAt = kArrivedAt + sizeof(uint32_t), kSharedBytes = kStateAt + sizeof(uint32_t);
 constexpr int kSumPitch = kRows + 4;      // floats from token to token, so that a fragment is stored without conflicts
 constexpr int kRankPitch = kMmaRows + 4;  // likewise
 
@@ -58,8 +59,7 @@ struct Shape {
     static constexpr int kTiles = kTokens / kMmaTokens;                               // along the tokens
     static constexpr int kChunkBlocks = kBufferPieces * kPiece / (kTokens * kBlock);  // of x in a buffer
     static constexpr int kDepth = kTokens == 8 ? 4 : kTokens < 64 ? 2 : 1;            // blocks whose codes are held
-    static constexpr int kChunkGroups = kChunkBlocks / kColumnWarps / kDepth;         // of kDepth blocks, for a warp
-    static_assert(kChunkGroups * kColumnWarps * kDepth == kChunkBlocks && kAlign % kDepth == 0);
+    static_assert(kChunkBlocks % (kColumnWarps * kDepth) == 0 && kAlign % kDepth == 0);
     static constexpr int kSliceTiles = kTiles < 4 ? kTiles : 4;                       // that xa takes at a time
     static constexpr size_t kSumsOfSliceAt = kTokens * kSumPitch * sizeof(float);     // after the sums of y
     static_assert(kSumsOfSliceAt + kWarps * kSliceTiles * kMmaTokens * kRankPitch * sizeof(float) <= kTableBytes);
@@ -70,14 +70,16 @@ struct Shape {
 struct Plan {
     uint32_t tiles;                  // of rows, over all members
     uint32_t first_tile[kMaxGroup];  // of each member
-    uint32_t columns, unit;          // K in units of so many blocks of 64
-    uint32_t split;                  // parts of the columns, in whole units
+    uint32_t split;                  // parts of the columns
+    uint32_t part, longer;           // blocks of 64 columns in a part; how many parts have `unit` more
+    uint32_t unit;                   // of which a part has whole multiples
+    uint32_t block_shift;            // log2 of the blocks of 64 columns to an absmax
     uint32_t slices;                 // of the columns, for xa; 0 without LoRA
+    uint32_t producers;              // rows of the grid
     uint32_t chunks;                 // of kTokens tokens
-    uint32_t *tile_arrivals;         // [chunks, tiles]
-    uint32_t *xa_claims;             // [chunks]: slices that a block has taken on
+    uint32_t *xa_state;              // [chunks]
     uint32_t *xa_arrivals;           // [chunks]
-    uint32_t *xa_ready;              // [chunks]
+    uint32_t *tile_arrivals;         // [chunks, tiles]
     float *xa_parts;                 // [chunks, slices, kTokens, r]
     float *parts;                    // [chunks, tiles, split, kTokens, kRows]
 };
@@ -105,6 +107,54 @@ NF4LORA_DEVICE void load_pairs(const From *p, bool wide, uint32_t (&pairs)[8]) {
 #pragma unroll
     for (int i = 0; i < 8; ++i)
         pairs[i] = round_pair<T>(to_float(v[2 * i]), to_float(v[2 * i + 1]));
+}
+
+// Elements of an operand whose Dtype only the launch knows, as bits: many are under way before one is looked at.
+NF4LORA_DEVICE uint32_t load_bits(const void *p, int32_t dtype, int64_t i) {
+    return dtype == kFloat32 ? static_cast<const uint32_t *>(p)[i] : static_cast<const uint16_t *>(p)[i];
+}
+NF4LORA_DEVICE float float_of(uint32_t bits, int32_t dtype) {
+    if (dtype == kFloat32)
+        return __uint_as_float(bits);
+    const auto half = static_cast<uint16_t>(bits);
+    return dtype == kBFloat16 ? __uint_as_float(bits << 16) : __half2float(__ushort_as_half(half));
+}
+NF4LORA_DEVICE int bytes_of(int32_t dtype) { return dtype == kFloat32 ? 4 : 2; }
+NF4LORA_DEVICE const char *address_of(const void *p, int32_t dtype, int64_t i) {
+    return static_cast<const char *>(p) + i * bytes_of(dtype);
+}
+
+// All threads bring [p, p + bytes) to L2, for who reads it in the end.
+NF4LORA_DEVICE void prefetch(const char *p, int64_t bytes) {
+    constexpr int kLine = 128;
+#pragma unroll 1
+    for (int64_t at = threadIdx.x * kLine; at < bytes; at += kThreads * kLine)
+        prefetch_l2(p + at);
+}
+
+NF4LORA_DEVICE void add(float &sum, float v) { sum += v; }
+NF4LORA_DEVICE void add(float4 &sum, float4 v) {
+    sum = make_float4(sum.x + v.x, sum.y + v.y, sum.z + v.z, sum.w + v.w);
+}
+
+// parts[0] + parts[stride] + …, `count` of them in this order, 8 under way at a time
+template <class V>
+NF4LORA_DEVICE V ordered_sum(const V *parts, int64_t stride, uint32_t count) {
+    constexpr uint32_t kAtOnce = 8;
+    V sum{};
+#pragma unroll 1
+    for (uint32_t first = 0; first < count; first += kAtOnce) {
+        V v[kAtOnce];
+#pragma unroll
+        for (uint32_t i = 0; i < kAtOnce; ++i)
+            if (first + i < count)
+                v[i] = parts[(first + i) * stride];
+#pragma unroll
+        for (uint32_t i = 0; i < kAtOnce; ++i)
+            if (first + i < count)
+                add(sum, v[i]);
+    }
+    return sum;
 }
 
 // Elements i, i + 1 of p, each rounded to T, those from `end` on as zeros.
@@ -195,61 +245,85 @@ NF4LORA_DEVICE void produce_slice(const GroupFwdParams &p, int64_t token0, uint3
 #pragma unroll
             for (int w = 0; w < kWarps; ++w)
                 sum += sums[(w * kTokens + token) * kRankPitch + rank];
-            if (rank0 + rank < p.r)
+            if (rank0 + rank < p.r && token0 + token < p.M)
                 out[token * p.r + rank0 + rank] = sum;
         }
         __syncthreads();  // the next ranks' sums overwrite these
     }
 }
 
+// xa_state of a chunk begins as 0 and counts claims: one of each producer, and some of finishers that find xa missing.
+// Once all slices are done, xa is there, and `tiles * kThere - slices` is added. A finisher that has seen this takes
+// kThere and its own claims away when it leaves, so that it ends as 0.
+// Before, it is at most 2 * slices + tiles, less than kThere / 2, and each claim below `slices` comes once. After, it
+// is at least kThere - slices until the last finisher has left, and then 0 less the producers that are yet to claim. In
+// both, xa is there for who is still to look: no slice is claimed again and no finisher waits for ever, in any order.
+constexpr uint32_t kThere = 1 << 16;
+constexpr uint32_t kMostTiles = 1 << 14, kMostSlices = 1 << 12;
+static_assert(2 * kMostSlices + kMostTiles < kThere / 2 && uint64_t{kMostTiles} * kThere < uint64_t{1} << 31);
+NF4LORA_DEVICE bool xa_is_there(uint32_t state) { return state >= kThere / 2; }
+constexpr int kSpeaker = kThreads - kLanes;  // the thread that speaks to it, in the warp with least to add
+
+// Brings to L2 what a slice reads of A.
+NF4LORA_DEVICE void prefetch_slice(const GroupFwdParams &p, uint32_t slice) {
+    constexpr int kColumns = kSliceBlocks * kBlock;
+    for (int member = 0; member < p.count; ++member)
+#pragma unroll 1
+        for (int64_t rank = threadIdx.x / kLanes; rank < p.member[member].r; rank += kWarps) {
+            const int64_t column = int64_t{slice} * kColumns + threadIdx.x % kLanes * (kColumns / kLanes);
+            prefetch_l2(address_of(p.member[member].lora_A, p.A_dtype, rank * p.K + column));
+        }
+}
+
 // Produces a slice; after the last one xa itself.
 template <class T, int kTokens>
-NF4LORA_DEVICE void produce_xa(const GroupFwdParams &p, const Plan &plan, uint32_t chunk, uint32_t slice,
-                               char *shared) {
+NF4LORA_DEVICE void produce_xa(const GroupFwdParams &p, const Plan &plan, uint32_t slice, char *shared) {
     typedef Shape<kTokens> S;
+    const uint32_t chunk = blockIdx.z;
     const int64_t token0 = int64_t{chunk} * kTokens, size = kTokens * p.r;
     float *const parts = plan.xa_parts + int64_t{chunk} * plan.slices * size;
 #pragma unroll 1
     for (int token = 0; token < kTokens; token += S::kSliceTiles * kMmaTokens)
         produce_slice<T, S::kSliceTiles>(p, token0 + token, slice, parts + slice * size + token * p.r,
                                          reinterpret_cast<float *>(shared + S::kSumsOfSliceAt));
-    if (!comes_last(plan.xa_arrivals + chunk, plan.slices, reinterpret_cast<uint32_t *>(shared + kWordAt)))
+    if (!comes_last(plan.xa_arrivals + chunk, plan.slices, reinterpret_cast<uint32_t *>(shared + kArrivedAt)))
         return;
     const float scale = DropoutMask(p.dropout).scale;
     const int64_t tokens = p.M - token0 < kTokens ? p.M - token0 : kTokens;
     T *const xa = static_cast<T *>(p.xa) + token0 * p.r;
-    for (int64_t i = threadIdx.x; i < tokens * p.r; i += kThreads) {
-        float sum = 0.0f;
-#pragma unroll 8
-        for (uint32_t s = 0; s < plan.slices; ++s)
-            sum += parts[s * size + i];
-        xa[i] = from_float<T>(__fmul_rn(sum, scale));
-    }
-    __syncthreads();  // all have stored before thread 0 releases
-    if (threadIdx.x == 0)
-        store_release(plan.xa_ready + chunk, 1);
+    for (int64_t i = threadIdx.x; i < tokens * p.r; i += kThreads)
+        xa[i] = from_float<T>(__fmul_rn(ordered_sum(parts + i, size, plan.slices), scale));
+    __syncthreads();  // all have stored before one says so
+    if (threadIdx.x == kSpeaker)
+        atomic_add_acq_rel(plan.xa_state + chunk, plan.tiles * kThere - plan.slices);
 }
 
-// Produces slices while there are any that nobody has claimed. A block that `needs` xa returns when it is there.
+// Of a producer: claims a slice and produces it. Of a finisher: claims slices until xa `is_there`. Returns the claims.
 template <class T, int kTokens>
-NF4LORA_DEVICE void see_to_xa(const GroupFwdParams &p, const Plan &plan, uint32_t chunk, bool needs, char *shared) {
-    constexpr uint32_t kReady = ~0u;
-    uint32_t *const word = reinterpret_cast<uint32_t *>(shared + kWordAt), *const ready = plan.xa_ready + chunk;
-    uint32_t slice;
-    do {
+NF4LORA_DEVICE uint32_t see_to_xa(const GroupFwdParams &p, const Plan &plan, bool finishes, bool is_there,
+                                  char *shared) {
+    uint32_t *const word = reinterpret_cast<uint32_t *>(shared + kStateAt), *const state = plan.xa_state + blockIdx.z;
+    uint32_t claims = 0;
+    while (!is_there) {
         __syncthreads();  // all have read the word
-        if (threadIdx.x == 0)
-            *word = needs && load_acquire(ready) ? kReady : atomic_add_acq_rel(plan.xa_claims + chunk, 1);
-        __syncthreads();  // what thread 0 has acquired, all have
-        slice = *word;
-        if (slice < plan.slices)
-            produce_xa<T, kTokens>(p, plan, chunk, slice, shared);
-    } while (slice < plan.slices);
-    if (needs && slice != kReady) {
-        if (threadIdx.x == 0)
-            wait_acquire(ready, 1);
+        if (threadIdx.x == kSpeaker)
+            *word = atomic_add_acq_rel(state, 1);
         __syncthreads();
+        ++claims;
+        const uint32_t slice = *word;
+        if (slice < plan.slices)
+            produce_xa<T, kTokens>(p, plan, slice, shared);
+        if (!finishes)
+            break;
+        __syncthreads();  // all have read the word
+        if (threadIdx.x == kSpeaker) {
+            while (!xa_is_there(*word = load_acquire(state)) && slice >= plan.slices)
+                __nanosleep(32);
+        }
+        __syncthreads();  // what it has acquired, all have
+        is_there = xa_is_there(*word);
     }
+    return claims;
 }
 
 // ---- y
@@ -265,33 +339,18 @@ struct Tile {
     int tokens;      // that there are, at most kTokens
 };
 
-// What a thread block has to do.
-struct Work {
-    uint32_t chunk;  // of tokens
-    bool produces;   // xa; else a part of a tile of y
-    uint32_t tile, part;
-};
-
-NF4LORA_DEVICE Work work_of(const Plan &plan) {
-    const uint32_t blocks = plan.slices + plan.tiles * plan.split;
-    const uint32_t chunk = uniform(blockIdx.x / blocks), block = blockIdx.x - chunk * blocks;
-    if (block < plan.slices)
-        return {chunk, true, 0, 0};
-    const uint32_t tile = uniform((block - plan.slices) / plan.split);
-    return {chunk, false, tile, block - plan.slices - tile * plan.split};
-}
-
 template <int kTokens>
-NF4LORA_DEVICE Tile tile_of(const GroupFwdParams &p, const Plan &plan, const Work &work) {
+NF4LORA_DEVICE Tile tile_of(const GroupFwdParams &p, const Plan &plan) {
+    const uint32_t tile = blockIdx.y - plan.producers;
     int member = 0;
     int64_t column = 0, rank0 = 0;
-    while (member + 1 < p.count && work.tile >= plan.first_tile[member + 1]) {
+    while (member + 1 < p.count && tile >= plan.first_tile[member + 1]) {
         column += p.member[member].w.rows;
         rank0 += p.member[member].r;
         ++member;
     }
-    const int64_t row0 = int64_t{work.tile - plan.first_tile[member]} * kRows, rows = p.member[member].w.rows - row0;
-    const int64_t token0 = int64_t{work.chunk} * kTokens, tokens = p.M - token0;
+    const int64_t row0 = int64_t{tile - plan.first_tile[member]} * kRows, rows = p.member[member].w.rows - row0;
+    const int64_t token0 = int64_t{blockIdx.z} * kTokens, tokens = p.M - token0;
     return {p.member[member], row0, static_cast<int>(rows < kRows ? rows : kRows), column + row0, rank0,
             token0, static_cast<int>(tokens < kTokens ? tokens : kTokens)};
 }
@@ -301,25 +360,26 @@ NF4LORA_DEVICE Tile tile_of(const GroupFwdParams &p, const Plan &plan, const Wor
 template <int kDepth, int kSums>
 struct AbsmaxFeed {
     static constexpr uint32_t kNestedBlocksize = static_cast<uint32_t>(Scales::kNestedBlocksize), kWords = ~0u;
+    static constexpr uint32_t kNestedShift = kSums == 1 ? 8 : 7;  // plus `shift`: log2 of the blocks of 64 to a nested
+    static_assert(kNestedBlocksize == kSums << kNestedShift);
     typedef std::conditional_t<kDepth == 4, uint32_t, std::conditional_t<kDepth == 2, uint16_t, uint8_t>> Codes;
     const void *absmax;
     const float *nested_absmax, *map;
     float offset;
     uint32_t shift;               // log2 of the blocks of 64 to an absmax; kWords: 1, and a load takes codes of several
-    uint32_t row;                 // first block of 64 of the lane's row
+    uint32_t row;                 // block of 64 at which the part begins in the lane's row
     uint32_t held[kDepth][kSums]; // the bits of each absmax; kWords: the codes, in held[0][0]
     float scale;                  // kWords: the nested absmax of all
 
-    NF4LORA_DEVICE AbsmaxFeed(const Tile &tile, int row_of_tile, const float *map_) : map(map_) {
+    NF4LORA_DEVICE AbsmaxFeed(const Tile &tile, int row_of_tile, uint32_t begin, uint32_t block_shift,
+                              const float *map_)
+        : map(map_), shift(block_shift) {
         const Weight &w = tile.member.w;
         const uint32_t blocks = static_cast<uint32_t>(w.cols / kBlock);
-        shift = 0;
-        while (kSums == 1 && int64_t{kBlock} << shift < w.blocksize)
-            ++shift;
         const int64_t first = tile.row0 * blocks, nested_block = (Scales::kNestedBlocksize << shift) / kSums;
-        const int64_t nested = first / nested_block, block = nested * Scales::kNestedBlocksize;
-        row = static_cast<uint32_t>(first % nested_block) +
-              (row_of_tile < tile.rows ? row_of_tile : tile.rows - 1) * blocks;
+        const int64_t nested = first >> (kNestedShift + shift), block = nested * Scales::kNestedBlocksize;
+        row = static_cast<uint32_t>(first & (nested_block - 1)) +
+              (row_of_tile < tile.rows ? row_of_tile : tile.rows - 1) * blocks + begin;
         nested_absmax = w.nested_absmax;
         offset = 0.0f;
         if (nested_absmax) {
@@ -332,6 +392,9 @@ struct AbsmaxFeed {
             absmax = static_cast<const float *>(w.absmax) + block;
         }
     }
+
+    // Whether `load` reads the map.
+    NF4LORA_DEVICE bool needs_map() const { return nested_absmax && shift != kWords; }
 
     // Of the blocks from `first` on that are before `end`.
     NF4LORA_DEVICE void load(uint32_t first, uint32_t end) {
@@ -370,10 +433,50 @@ struct AbsmaxFeed {
     }
 };
 
-// The sums of a tile over the blocks [begin, end) of 64 columns, left in shared memory: token t's at t * kSumPitch.
+// A thread a byte. It stores the copies of its pair 16 bytes at a time, beginning elsewhere than its neighbours, so
+// that lanes do not meet in a bank; then those of its value of the dynamic map.
+template <class T>
+NF4LORA_DEVICE void fill_tables(char *shared, int32_t quant_type) {
+    static_assert(kThreads == 256 && kDynamicCodes == 256 && kMapCopies * sizeof(float) == sizeof(uint4));
+    constexpr uint32_t kQuarters = kLanes * sizeof(uint32_t) / sizeof(uint4);
+    const uint32_t byte = threadIdx.x, value = __float_as_uint(kDynamicMap.value[byte]);
+    const Codebook &book = kBooks[quant_type];
+    const uint32_t pair = round_pair<T>(book.value[byte >> 4], book.value[byte & 15]);
+#pragma unroll
+    for (uint32_t i = 0; i < kQuarters; ++i)
+        *reinterpret_cast<uint4 *>(shared + byte * kTableRow + (byte ^ i) % kQuarters * sizeof(uint4)) =
+            make_uint4(pair, pair, pair, pair);
+    reinterpret_cast<uint4 *>(shared + kMapAt)[byte] = make_uint4(value, value, value, value);
+}
+
+// The sums of warps that share rows, added in their order to where the table was. (Which warp this is, is found out
+// anew, so that it takes no registers from the products.)
+template <int kTiles>
+NF4LORA_DEVICE void add_warps(const float (&total)[2][kTiles][4], float *sums) {
+    const int warp = uniform(threadIdx.x / kLanes), group = threadIdx.x % kLanes / 4, quad = threadIdx.x % 4;
+    sums += warp % kRowWarps * kWarpRows + group;
+#pragma unroll
+    for (int turn = 0; turn < kColumnWarps; ++turn) {
+        __syncthreads();  // all are done with the table; the warps before have added their sums
+        if (turn != warp / kRowWarps)
+            continue;
+#pragma unroll
+        for (int m = 0; m < 2; ++m)
+#pragma unroll
+            for (int t = 0; t < kTiles; ++t)
+#pragma unroll
+                for (int e = 0; e < 4; ++e) {
+                    float &sum = sums[(t * kMmaTokens + quad * 2 + e % 2) * kSumPitch + m * kMmaRows + e / 2 * 8];
+                    sum = turn == 0 ? total[m][t][e] : sum + total[m][t][e];
+                }
+    }
+    __syncthreads();
+}
+
+// The sums of a tile over a part of the columns, left in shared memory: token t's at t * kSumPitch.
 // Two warps share a row; they take kDepth blocks in turn, and their sums are added in their order.
 template <class T, int kTokens, int kSums>
-NF4LORA_DEVICE void multiply(const GroupFwdParams &p, const Tile &tile, int begin, int end, char *shared) {
+NF4LORA_DEVICE void multiply(const GroupFwdParams &p, const Plan &plan, const Tile &tile, char *shared) {
     typedef Shape<kTokens> S;
     constexpr int kStride = kColumnWarps * S::kDepth;  // blocks from a warp's group to its next
     constexpr int kXBlock = S::kTiles * 2 * kLanes;    // pieces of x in a block
@@ -381,13 +484,19 @@ NF4LORA_DEVICE void multiply(const GroupFwdParams &p, const Tile &tile, int begi
     const int warp = uniform(threadIdx.x / kLanes);
     const int row_warp = warp % kRowWarps, column_warp = warp / kRowWarps;
     float *const map = reinterpret_cast<float *>(shared + kMapAt);
-    int first = begin + column_warp * S::kDepth;  // of the blocks whose codes are held
+    // Blocks of 64 columns count from the first of this part.
+    const auto begin_of = [&](uint32_t part) {
+        return part * plan.part + (part < plan.longer ? part : plan.longer) * plan.unit;
+    };
+    const int begin = begin_of(blockIdx.x), end = plan.part + (blockIdx.x < plan.longer ? plan.unit : 0);
+    int first = column_warp * S::kDepth;  // of the blocks whose codes are held
 
     const uint8_t *codes_at[kLaneRows];
 #pragma unroll
     for (int i = 0; i < kLaneRows; ++i) {
         const int r = row_warp * kWarpRows + i * 8 + group, row = r < tile.rows ? r : tile.rows - 1;
-        codes_at[i] = tile.member.w.packed + ((tile.row0 + row) * p.K + first * kBlock) / 2 + quad * (8 / kSums);
+        codes_at[i] = tile.member.w.packed + ((tile.row0 + row) * p.K + (begin + first) * kBlock) / 2 +
+                      quad * (8 / kSums);
     }
     uint2 codes[S::kDepth][kLaneRows];  // two words of a row's block
     const auto load_codes = [&](int s, int ahead) {
@@ -402,25 +511,26 @@ NF4LORA_DEVICE void multiply(const GroupFwdParams &p, const Tile &tile, int begi
         }
     };
 
-    // Pieces of x, those of one load of a warp together. A thread takes a piece of one block of several tokens.
+    // Pieces of x, those of one load of a warp together. A thread takes a piece of one block of several tokens. (Which,
+    // is found out anew each time, so that it takes no registers from the products.)
     constexpr int kBlockPieces = kBlock / kPiece, kTokenPieces = S::kChunkBlocks * kBlockPieces;
     constexpr int kTokensAtOnce = kThreads / kTokenPieces;
-    const int piece = threadIdx.x % kBlockPieces, block = threadIdx.x / kBlockPieces % S::kChunkBlocks;
-    const int owner = kSums == 1 ? piece / 2 : piece % 4, its_half = kSums == 1 ? piece % 2 : piece / 4;
-    const int x_token = threadIdx.x / kTokenPieces;
-    const T *const x = static_cast<const T *>(p.x) + tile.token0 * p.K + begin * kBlock;
-    const uint32_t x_from = x_token * static_cast<uint32_t>(p.K) + block * kBlock + piece * kPiece;
-    char *const x_to = shared + piece_offset(block * kXBlock + (x_token / kMmaTokens * 2 + its_half) * kLanes +
-                                             x_token % kMmaTokens * 4 + owner);
-    const auto copy_x = [&](int chunk) {
-        const bool inside = begin + chunk * S::kChunkBlocks + block < end;
-        const T *from = x + chunk * (S::kChunkBlocks * kBlock) + x_from;
-        char *to = x_to + chunk % kBuffers * pieces_further(kBufferPieces);
+    const T *const x = static_cast<const T *>(p.x) + tile.token0 * p.K;
+    const auto copy_x = [&](int chunk) {  // that begins at this block
+        const uint32_t thread = pinned(threadIdx.x), piece = thread % kBlockPieces;
+        const int token = thread / kTokenPieces;
+        const int owner = kSums == 1 ? piece / 2 : piece % 4, its_half = kSums == 1 ? piece % 2 : piece / 4;
+        const int block_of_chunk = thread / kBlockPieces % S::kChunkBlocks;
+        const int block = chunk + block_of_chunk, column = begin_of(pinned(blockIdx.x)) + block;
+        const T *from = x + token * p.K + column * kBlock + piece * kPiece;
+        char *to = shared + chunk / S::kChunkBlocks % kBuffers * pieces_further(kBufferPieces) +
+                   piece_offset(block_of_chunk * kXBlock + (token / kMmaTokens * 2 + its_half) * kLanes +
+                                token % kMmaTokens * 4 + owner);
 #pragma unroll
         for (int i = 0; i < S::kTokens / kTokensAtOnce; ++i) {
             const int more = i * kTokensAtOnce;
             cp_async<16>(to + pieces_further(more / kMmaTokens * 2 * kLanes + more % kMmaTokens * 4), from,
-                         inside && x_token + more < tile.tokens);
+                         block < end && token + more < tile.tokens);
             from += kTokensAtOnce * p.K;
         }
     };
@@ -429,18 +539,26 @@ NF4LORA_DEVICE void multiply(const GroupFwdParams &p, const Tile &tile, int begi
     for (int s = 0; s < S::kDepth; ++s)
         if (first + s < end)
             load_codes(s, 0);
+    AbsmaxFeed<S::kDepth, kSums> feed(tile, row_warp * kWarpRows + lane, begin, plan.block_shift,
+                                      map + lane % kMapCopies);
+    if (!feed.needs_map() && first < end)
+        feed.load(first, end);
 #pragma unroll
-    for (int chunk = 0; chunk < kBuffers; ++chunk) {
-        copy_x(chunk);
+    for (int buffer = 0; buffer < kBuffers; ++buffer) {
+        copy_x(buffer * S::kChunkBlocks);
         cp_async_commit();
     }
-    for (unsigned i = threadIdx.x; i < kDynamicCodes * kMapCopies; i += kThreads)
-        map[i] = kDynamicMap.value[i / kMapCopies];
+    fill_tables<T>(shared, tile.member.w.quant_type);
+    if (blockIdx.x == 0) {
+        const int64_t row = tile.row0, r = tile.member.r;
+        if (r > 0)
+            prefetch(address_of(tile.member.lora_B, p.B_dtype, row * r), tile.rows * r * bytes_of(p.B_dtype));
+        if (tile.member.bias)
+            prefetch(address_of(tile.member.bias, p.bias_dtype, row), tile.rows * bytes_of(p.bias_dtype));
+    }
     __syncthreads();  // the map is there
-    AbsmaxFeed<S::kDepth, kSums> feed(tile, row_warp * kWarpRows + lane, map + lane % kMapCopies);
-    if (first < end)
+    if (feed.needs_map() && first < end)
         feed.load(first, end);
-    fill_pairs<T>(shared, tile.member.w.quant_type);
 
     float total[2][S::kTiles][4] = {};
     const auto multiply_block = [&](const uint32_t(&a)[2][kSteps][4], const float(&absmax)[kLaneRows][kSums],
@@ -470,7 +588,8 @@ NF4LORA_DEVICE void multiply(const GroupFwdParams &p, const Tile &tile, int begi
     };
 
     // kDepth blocks, or (`whole` false) those of them that there are.
-    const auto multiply_group = [&](auto whole, const char *xs) {
+    uint32_t x_at = piece_offset(column_warp * S::kDepth * kXBlock + lane);
+    const auto multiply_group = [&](auto whole) {
         float ready[S::kDepth][kSums];
         feed.get(ready);
         const int left = end - first;
@@ -499,98 +618,106 @@ NF4LORA_DEVICE void multiply(const GroupFwdParams &p, const Tile &tile, int begi
 #pragma unroll
                 for (int h = 0; h < kSums; ++h)
                     absmax[i][h] = __shfl_sync(~0u, ready[s][h], i * 8 + group);
-            multiply_block(a, absmax, xs + pieces_further(s * kXBlock));
+            multiply_block(a, absmax, shared + x_at + pieces_further(s * kXBlock));
         }
+        x_at = (x_at + pieces_further(kStride * kXBlock)) % kTableBytes;  // from one buffer to the other and back
         first += kStride;
 #pragma unroll
         for (int i = 0; i < kLaneRows; ++i)
             codes_at[i] += kStride * (kBlock / 2);
     };
 
-    for (int chunk = 0; begin + chunk * S::kChunkBlocks < end; ++chunk) {
+    for (int chunk = 0; chunk < end; chunk += S::kChunkBlocks) {
         cp_async_wait<kBuffers - 1>();
         __syncthreads();  // everyone's copies of this chunk have landed
-        const char *xs = shared + pieces_further(chunk % kBuffers * kBufferPieces) +
-                         piece_offset(column_warp * S::kDepth * kXBlock + lane);
 #pragma unroll 1
-        for (int i = 0; i < S::kChunkGroups && first < end; ++i) {
+        while (first < chunk + S::kChunkBlocks && first < end) {
             if (first + S::kDepth <= end)
-                multiply_group(std::true_type(), xs);
+                multiply_group(std::true_type());
             else
-                multiply_group(std::false_type(), xs);
-            xs += pieces_further(kStride * kXBlock);
+                multiply_group(std::false_type());
         }
-        if (begin + (chunk + kBuffers) * S::kChunkBlocks < end) {
+        if (const int next = chunk + kBuffers * S::kChunkBlocks; next < end) {
             __syncthreads();  // the copies overwrite this chunk
-            copy_x(chunk + kBuffers);
+            copy_x(next);
         }
         cp_async_commit();  // empty at the end, so that as many groups are always under way
     }
     cp_async_wait<0>();
 
-    float *const sums = reinterpret_cast<float *>(shared) + row_warp * kWarpRows + group;
-#pragma unroll
-    for (int turn = 0; turn < kColumnWarps; ++turn) {
-        __syncthreads();  // all are done with the table; the warps before have added their sums
-        if (turn != column_warp)
-            continue;
-#pragma unroll
-        for (int m = 0; m < 2; ++m)
-#pragma unroll
-            for (int t = 0; t < S::kTiles; ++t)
-#pragma unroll
-                for (int e = 0; e < 4; ++e) {
-                    float &sum = sums[(t * kMmaTokens + quad * 2 + e % 2) * kSumPitch + m * kMmaRows + e / 2 * 8];
-                    sum = turn == 0 ? total[m][t][e] : sum + total[m][t][e];
-                }
-    }
-    __syncthreads();
+    add_warps<S::kTiles>(total, reinterpret_cast<float *>(shared));
 }
 
-// Stores this block's part of a tile; true in the block that comes last, whose sums then are those of all parts.
+// The parts of this block's tile, each [kTokens, kRows]; those of a token stand 4 at a time.
 template <int kTokens>
-NF4LORA_DEVICE bool add_parts(const Plan &plan, const Work &work, char *shared) {
-    constexpr int kQuads = kTokens * kRows / 4;
-    const int64_t tile = int64_t{work.chunk} * plan.tiles + work.tile;
-    float4 *const parts = reinterpret_cast<float4 *>(plan.parts) + tile * plan.split * kQuads;
-    const auto sums = [&](int i) -> float4 & {
-        return reinterpret_cast<float4 *>(shared)[i / (kRows / 4) * (kSumPitch / 4) + i % (kRows / 4)];
-    };
-    for (int i = threadIdx.x; i < kQuads; i += kThreads)
-        parts[work.part * kQuads + i] = sums(i);
-    if (!comes_last(plan.tile_arrivals + tile, plan.split,
-                    reinterpret_cast<uint32_t *>(shared + kWordAt)))
-        return false;
-    for (int i = threadIdx.x; i < kQuads; i += kThreads) {
-        float4 sum = make_float4(0.0f, 0.0f, 0.0f, 0.0f);
-#pragma unroll 4
-        for (uint32_t s = 0; s < plan.split; ++s) {
-            const float4 v = parts[s * kQuads + i];
-            sum = make_float4(sum.x + v.x, sum.y + v.y, sum.z + v.z, sum.w + v.w);
-        }
-        sums(i) = sum;
-    }
-    __syncthreads();
-    return true;
-}
+struct Parts {
+    static constexpr int kQuads = kRows / 4;
+    float4 *parts, *sums;
+    int quads;  // that there are in a part
+    uint32_t split, *arrivals, *word;
 
-// Adds scaling * xa B^T to the sums: 16 rows a warp.
+    NF4LORA_DEVICE Parts(const Plan &plan, const Tile &tile, char *shared)
+        : sums(reinterpret_cast<float4 *>(shared)), quads(tile.tokens * kQuads), split(plan.split),
+          word(reinterpret_cast<uint32_t *>(shared + kArrivedAt)) {
+        const int64_t index = int64_t{blockIdx.z} * plan.tiles + (blockIdx.y - plan.producers);
+        parts = reinterpret_cast<float4 *>(plan.parts) + index * split * (kTokens * kQuads);
+        arrivals = plan.tile_arrivals + index;
+    }
+
+    NF4LORA_DEVICE float4 &sum(int i) const { return sums[i / kQuads * (kSumPitch / 4) + i % kQuads]; }
+
+    // Stores this block's part; true in the block that comes last.
+    NF4LORA_DEVICE bool hand_in() const {
+        for (int i = threadIdx.x; i < quads; i += kThreads)
+            parts[blockIdx.x * (kTokens * kQuads) + i] = sum(i);
+        return comes_last(arrivals, split, word);
+    }
+
+    // In its shared memory, the sums of all parts take the place of its own.
+    NF4LORA_DEVICE void add() const {
+        for (int i = threadIdx.x; i < quads; i += kThreads)
+            sum(i) = ordered_sum(parts + i, kTokens * kQuads, split);
+    }
+};
+
+// scaling * xa B^T of a tile, 16 rows a warp
 template <class T, int kTokens>
-NF4LORA_DEVICE void add_lora(const GroupFwdParams &p, const Tile &tile, float *sums) {
-    constexpr int kTiles = Shape<kTokens>::kTiles;
-    const int lane = threadIdx.x % kLanes, warp = threadIdx.x / kLanes, group = lane / 4, quad = lane % 4;
-    const int row = warp * kMmaRows + group, last = tile.rows - 1;
-    const int64_t r = tile.member.r;
-    const int64_t rows[2] = {tile.row0 + (row < last ? row : last), tile.row0 + (row + 8 < last ? row + 8 : last)};
-    const T *const xa = static_cast<const T *>(p.xa) + tile.token0 * p.r + tile.rank0;
-    float total[kTiles][4] = {};
-    with_type(p.B_dtype, [&](auto *type) {
-        const auto *B = static_cast<decltype(type)>(tile.member.lora_B);
-        for (int64_t rank = quad * 4; rank - quad * 4 < r; rank += kMmaColumns) {
+struct Adapter {
+    static constexpr int kTiles = Shape<kTokens>::kTiles;
+    const void *B;
+    int32_t dtype;
+    int row, quad;        // the lane's, as fragments have them
+    int64_t r, first[2];  // elements of B: of its rows `row` and row + 8
+    uint32_t bits[8];     // of B, for 16 ranks
+
+    NF4LORA_DEVICE Adapter(const GroupFwdParams &p, const Tile &tile)
+        : B(tile.member.lora_B), dtype(p.B_dtype), row(threadIdx.x / kLanes * kMmaRows + threadIdx.x % kLanes / 4),
+          quad(threadIdx.x % 4), r(tile.member.r) {
+        const int last = tile.rows - 1;
+        first[0] = (tile.row0 + (row < last ? row : last)) * r;
+        first[1] = (tile.row0 + (row + 8 < last ? row + 8 : last)) * r;
+    }
+
+    NF4LORA_DEVICE void load(int64_t rank0) {
+#pragma unroll
+        for (int i = 0; i < 8; ++i) {
+            const int64_t rank = rank0 + quad * 4 + i / 4 * 2 + i % 2;
+            bits[i] = rank < r ? load_bits(B, dtype, first[i / 2 % 2] + rank) : 0;
+        }
+    }
+
+    // Adds to the sums; the first 16 ranks of B were loaded.
+    NF4LORA_DEVICE void add_to(float *sums, const GroupFwdParams &p, const Tile &tile) {
+        const int group = row % 8;
+        const T *const xa = static_cast<const T *>(p.xa) + tile.token0 * p.r + tile.rank0;
+        float total[kTiles][4] = {};
+        for (int64_t rank0 = 0; rank0 < r; rank0 += kMmaColumns) {
+            const int64_t rank = rank0 + quad * 4;
             uint32_t b[4];
 #pragma unroll
             for (int i = 0; i < 4; ++i)
-                b[i] = load_pair<T>(B + rows[i % 2] * r, rank + i / 2 * 2, r);
+                b[i] = round_pair<T>(float_of(bits[2 * i], dtype), float_of(bits[2 * i + 1], dtype));
+            load(rank0 + kMmaColumns);
 #pragma unroll
             for (int t = 0; t < kTiles; ++t) {
                 const int token = t * kMmaTokens + group;
@@ -600,24 +727,23 @@ NF4LORA_DEVICE void add_lora(const GroupFwdParams &p, const Tile &tile, float *s
                 mma_m16n8k16<T>(total[t], b, right);
             }
         }
-    });
 #pragma unroll
-    for (int t = 0; t < kTiles; ++t)
+        for (int t = 0; t < kTiles; ++t)
 #pragma unroll
-        for (int e = 0; e < 4; ++e) {
-            float &sum = sums[(t * kMmaTokens + quad * 2 + e % 2) * kSumPitch + row + e / 2 * 8];
-            sum = __fmaf_rn(total[t][e], tile.member.scaling, sum);
-        }
-    __syncthreads();
-}
+            for (int e = 0; e < 4; ++e) {
+                float &sum = sums[(t * kMmaTokens + quad * 2 + e % 2) * kSumPitch + row + e / 2 * 8];
+                sum = __fmaf_rn(total[t][e], tile.member.scaling, sum);
+            }
+    }
+};
 
+// `bias`: the bits of that of this thread's row.
 template <class T>
-NF4LORA_DEVICE void store(const GroupFwdParams &p, const Tile &tile, const float *sums) {
+NF4LORA_DEVICE void store(const GroupFwdParams &p, const Tile &tile, const float *sums, uint32_t bias) {
     const int row = threadIdx.x % kRows;
     if (row >= tile.rows)
         return;
-    const void *bias = tile.member.bias;
-    const float b = bias ? load_element(bias, p.bias_dtype, tile.row0 + row) : 0.0f;
+    const float b = float_of(bias, p.bias_dtype);
     T *const y = static_cast<T *>(p.y) + tile.token0 * p.N + tile.column + row;
     for (int token = threadIdx.x / kRows; token < tile.tokens; token += kThreads / kRows)
         y[token * p.N] = from_float<T>(__fadd_rn(sums[token * kSumPitch + row], b));
@@ -627,24 +753,49 @@ template <class T, int kTokens, int kSums>
 __global__ void __launch_bounds__(kThreads, kTokens * kSums <= 16 ? 2 : 1)
     small_kernel(const __grid_constant__ GroupFwdParams p, const __grid_constant__ Plan plan) {
     NF4LORA_SHARED(char, shared);
-    const Work before = work_of(plan);
-    if (!before.produces) {
-        const auto edge = [&](uint32_t part) { return uniform(plan.columns * part / plan.split) * plan.unit; };
-        const Tile tile = tile_of<kTokens>(p, plan, before);
-        multiply<T, kTokens, kSums>(p, tile, edge(before.part), edge(before.part + 1), shared);
+    const bool finishes = blockIdx.y >= plan.producers;
+    if (finishes) {
+        const Tile tile = tile_of<kTokens>(p, plan);
+        multiply<T, kTokens, kSums>(p, plan, tile, shared);
+        if (plan.split > 1 && !Parts<kTokens>(plan, tile, shared).hand_in())
+            return;
+    } else {
+        const uint32_t slice = blockIdx.y * gridDim.x + blockIdx.x;
+        if (slice >= plan.slices)
+            return;
+        prefetch_slice(p, slice);
     }
-    const Work work = work_of(plan);  // anew, so that none of it takes registers from the products
-    if (!work.produces && plan.split > 1 && !add_parts<kTokens>(plan, work, shared))
-        return;
-    if (plan.slices > 0)
-        see_to_xa<T, kTokens>(p, plan, work.chunk, !work.produces, shared);
-    if (work.produces)
-        return;
-    const Tile tile = tile_of<kTokens>(p, plan, work);
+
+    // All that finishing a tile waits for is under way at once, but for xa.
+    const Tile tile = tile_of<kTokens>(p, plan);
     float *const sums = reinterpret_cast<float *>(shared);
+    uint32_t *const state = plan.xa_state + blockIdx.z, *const word = reinterpret_cast<uint32_t *>(shared + kStateAt);
+    Adapter<T, kTokens> adapter(p, tile);
+    uint32_t bias = 0;
+    bool is_there = false;
+    if (finishes) {
+        adapter.load(0);
+        if (const int row = threadIdx.x % kRows; tile.member.bias && row < tile.rows)
+            bias = load_bits(tile.member.bias, p.bias_dtype, tile.row0 + row);
+        if (plan.slices > 0 && threadIdx.x == kSpeaker)
+            *word = load_acquire(state);
+        if (plan.split > 1)
+            Parts<kTokens>(plan, tile, shared).add();
+        __syncthreads();
+        is_there = plan.slices > 0 && xa_is_there(*word);
+    }
+    uint32_t claims = 0;
     if (plan.slices > 0)
-        add_lora<T, kTokens>(p, tile, sums);
-    store<T>(p, tile, sums);
+        claims = see_to_xa<T, kTokens>(p, plan, finishes, is_there, shared);
+    if (!finishes)
+        return;
+    if (plan.slices > 0) {
+        if (threadIdx.x == kSpeaker)
+            add_relaxed(state, -(kThere + claims));
+        adapter.add_to(sums, p, tile);
+        __syncthreads();
+    }
+    store<T>(p, tile, sums, bias);
 }
 
 // ---- the launch
@@ -658,7 +809,7 @@ int tokens_of(const GroupFwdParams &p) {
 }
 
 struct Sizes {
-    size_t counters, xa_parts, parts;
+    size_t xa_parts, parts;
 };
 
 constexpr size_t kAlignment = 256;
@@ -674,11 +825,14 @@ Plan plan_of(const GroupFwdParams &p, Sizes *sizes) {
     }
     plan.chunks = static_cast<uint32_t>(ceil_div(p.M, tokens));
     plan.unit = p.K % (kAlign * kBlock) ? 1 : kAlign;
-    plan.columns = static_cast<uint32_t>(p.K / kBlock / plan.unit);
-    plan.split = grid_of(p.config.split, plan.columns);
+    const uint32_t units = static_cast<uint32_t>(p.K / kBlock / plan.unit);
+    plan.split = grid_of(p.config.split, units);
+    plan.part = units / plan.split * plan.unit;
+    plan.longer = units % plan.split;
+    if (p.member[0].w.blocksize > kBlock)
+        plan.block_shift = static_cast<uint32_t>(log2_of(p.member[0].w.blocksize / kBlock));
     plan.slices = p.r > 0 ? static_cast<uint32_t>(ceil_div(p.K, kSliceBlocks * kBlock)) : 0;
-    const size_t counted = plan.split > 1 || p.r > 0 ? size_t{plan.chunks} * (plan.tiles + 3) : 0;
-    sizes->counters = padded(counted * sizeof(uint32_t));
+    plan.producers = static_cast<uint32_t>(ceil_div(plan.slices, plan.split));
     sizes->xa_parts = padded(size_t{plan.chunks} * plan.slices * tokens * p.r * sizeof(float));
     sizes->parts = plan.split > 1 ? size_t{plan.chunks} * plan.tiles * plan.split * tokens * kRows * sizeof(float) : 0;
     return plan;
@@ -686,7 +840,7 @@ Plan plan_of(const GroupFwdParams &p, Sizes *sizes) {
 
 template <class T, int kTokens, int kSums>
 const char *launch(const GroupFwdParams &p, const Plan &plan, void *stream) {
-    const unsigned grid = plan.chunks * (plan.slices + plan.tiles * plan.split);
+    const dim3 grid(plan.split, plan.producers + plan.tiles, plan.chunks);
     return NF4LORA_LAUNCH((small_kernel<T, kTokens, kSums>), grid, kThreads, kSharedBytes, stream, p, plan);
 }
 
@@ -705,28 +859,29 @@ const char *launch_for(const GroupFwdParams &p, const Plan &plan, void *stream) 
     return launch<T, 64, 1>(p, plan, stream);
 }
 
+constexpr const char *kTooLarge = "path small: more tiles than counters; it is meant for up to 64 tokens";
+
 }  // namespace
 
 const char *linear_fwd_small(const GroupFwdParams &p, void *stream) {
     Sizes sizes;
     Plan plan = plan_of(p, &sizes);
-    char *const workspace = static_cast<char *>(p.workspace);
-    plan.tile_arrivals = reinterpret_cast<uint32_t *>(workspace);
-    plan.xa_claims = plan.tile_arrivals + size_t{plan.chunks} * plan.tiles;
-    plan.xa_arrivals = plan.xa_claims + plan.chunks;
-    plan.xa_ready = plan.xa_arrivals + plan.chunks;
-    plan.xa_parts = reinterpret_cast<float *>(workspace + sizes.counters);
-    plan.parts = reinterpret_cast<float *>(workspace + sizes.counters + sizes.xa_parts);
-    if (sizes.counters > 0)
-        if (const char *error = zero_async(workspace, sizes.counters, stream))
-            return error;
+    const bool counts = plan.split > 1 || plan.slices > 0;
+    if (counts && (plan.tiles > kMostTiles || plan.slices > kMostSlices ||
+                   int64_t{plan.chunks} * (plan.tiles + 2) > kCounters))
+        return kTooLarge;
+    plan.xa_state = p.counters;
+    plan.xa_arrivals = plan.xa_state + plan.chunks;
+    plan.tile_arrivals = plan.xa_arrivals + plan.chunks;
+    plan.xa_parts = static_cast<float *>(p.workspace);
+    plan.parts = reinterpret_cast<float *>(static_cast<char *>(p.workspace) + sizes.xa_parts);
     return p.x_dtype == kBFloat16 ? launch_for<__nv_bfloat16>(p, plan, stream) : launch_for<__half>(p, plan, stream);
 }
 
 int64_t linear_fwd_small_workspace(const GroupFwdParams &p) {
     Sizes sizes;
     plan_of(p, &sizes);
-    return static_cast<int64_t>(sizes.counters + sizes.xa_parts + sizes.parts);
+    return static_cast<int64_t>(sizes.xa_parts + sizes.parts);
 }
 
 }  // namespace nf4lora

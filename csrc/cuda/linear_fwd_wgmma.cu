@@ -5,17 +5,16 @@
 // Preconditions: sm_90a; x bf16 or fp16; x and packed on 16 bytes; K a multiple of 64; blocksize a power of two from 32
 // Memory:        a tile reads its codes and its tokens once, L2 serves the others; split, 8 bytes more an element and
 //                part; 149 KiB of shared memory with 128 tokens, 213 KiB with 256: one block a multiprocessor
-// Budget:        at most 4 instructions a weight in the consumers' loop (bf16, nested, blocksize 64, 128 tokens)
+// Budget:        at most 4 instructions a weight in the consumers' loop (bf16, nested, blocksize 64); bench/codegen.py
+//                counts them
 //
 // A block makes the transpose of a tile of y: 128 rows of the weight by 128 or 256 tokens, over all of K or a part.
 // A producer warpgroup fills a ring of stages; two consumer warpgroups, of 64 rows each, decode a half of a step while
-// the products of the half before it are under way. With 128 tokens two crews of two producer warps take turns, so that
-// a step is on its way while another is stored, and nobody has loads under way where it fences.
+// the products of the half before it are under way.
 //
-// The order of a step's 64 k's is ours to choose, as long as both operands have it. Lane c of a quad decodes the eight
-// bytes of k = 16c .. 16c+15, one after another: one load of codes a row, one scale even where a block is 32. Byte j of
-// them stands where a fragment has pair 4j + c, and so pair 8c + j of x is stored there: four loads of every other 16
-// bytes of a token become four stores of 16 bytes by renaming registers.
+// x comes as it is, in asynchronous copies of 16 bytes. For a product, lane c of a quad then decodes byte c of each of
+// two words of a row's codes. The producers, through whose registers the codes pass, store a row's bytes in the order
+// of c, so that what a lane decodes of a row in a step is one load of eight bytes.
 #include "../tile.cuh"
 #include "paths.h"
 
@@ -36,18 +35,15 @@ constexpr int kThreads = kConsumers + kProducers;
 constexpr int kProducerWarps = kProducers / kLanes;
 constexpr int kConsumerWarps = kConsumers / kLanes;
 constexpr int kConsumersMet = 1;  // named barrier
-constexpr int kPrefetch = 16;     // steps that a row's codes come to L2 before they are wanted
+constexpr int kPrefetch = 16;     // steps that a row's codes and scales come to L2 before they are wanted
 constexpr int kPrefetchStep = 4;  // steps of codes in the 128 bytes that one prefetch brings
-// Of the 168 registers that every thread has at the start.
-template <int kTokens>
-constexpr int kProducerRegisters = kTokens > 128 ? 128 : 152;
-template <int kTokens>
-constexpr int kConsumerRegisters = kTokens > 128 ? 184 : 176;
+constexpr int kLag = 2;           // steps of x that a producer keeps under way before it waits for the oldest
+constexpr int kConsumerRegisters = 216, kProducerRegisters = 72;  // of 168 at the launch
 
 template <int kTokens>
 struct Stage {
-    char x[kTokens * kTokenBytes];      // [tokens][64], pairs in our order, swizzle128
-    uint8_t codes[kRows * kCodeBytes];  // [rows][32]
+    char x[kTokens * kTokenBytes];      // [tokens][64], swizzle128
+    uint8_t codes[kRows * kCodeBytes];  // [rows][32]; byte 8c + i of them is byte 4i + c of the row
     float scales[kRows * 2];            // [rows][2]: of the k's below 32 and from 32 on
 };
 
@@ -190,98 +186,102 @@ NF4LORA_DEVICE uint4 load_xa(const uint16_t *row, int64_t column, int64_t column
     return make_uint4(pair[0], pair[1], pair[2], pair[3]);
 }
 
-// One producer's part of the steps of its crew: four tokens' halves, and one or two rows of codes with their scales.
+// Word c of `out`: bytes c of the four words.
+NF4LORA_DEVICE void transpose_bytes(uint32_t (&out)[4], uint4 in) {
+    const uint32_t upper[2] = {__byte_perm(in.x, in.y, 0x5140), __byte_perm(in.z, in.w, 0x5140)};
+    const uint32_t lower[2] = {__byte_perm(in.x, in.y, 0x7362), __byte_perm(in.z, in.w, 0x7362)};
+    out[0] = __byte_perm(upper[0], upper[1], 0x5410);
+    out[1] = __byte_perm(upper[0], upper[1], 0x7632);
+    out[2] = __byte_perm(lower[0], lower[1], 0x5410);
+    out[3] = __byte_perm(lower[0], lower[1], 0x7632);
+}
+
+// One producer's part of every step: a row of codes with its scales, and 16 bytes of every 16th token.
 template <int kTokens>
 struct Producer {
-    static constexpr int kCrews = kTokens > 128 ? 1 : 2;
-    static constexpr int kWarps = kProducerWarps / kCrews, kThreads = kWarps * kLanes;
-    static constexpr int kTokensApart = kWarps * 16;
-    static constexpr int kMyTokens = kTokens / kTokensApart, kMyRows = kRows / kThreads;
+    static constexpr int kPieces = kTokenBytes / static_cast<int>(sizeof(uint4));
+    static constexpr int kTokensApart = kProducers / kPieces;
+    static_assert(kProducers == kRows && kTokensApart % 8 == 0, "a row each; one place in the swizzle");
 
-    const uint4 *x[kMyTokens];      // its half of its tokens' rows
-    const uint8_t *codes[kMyRows];  // its rows
-    int64_t element[kMyRows];       // the first of each row in the weight
+    const uint16_t *x;      // its piece of its first token
+    int64_t token_stride;   // to its next token, in elements
+    int tokens;             // of the tile, from its first on
+    uint32_t token_place;   // of the piece in a stage's x
+    const uint8_t *packed;  // its row
+    int64_t element;        // of the weight, its row's first
+    int row;                // in the tile
     Scales scales;
-    int shift;             // log2 of the blocksize
-    int crew, row, swap;
-    uint32_t token_place;  // in a stage's x, of its first token's first store
+    int shift;     // log2 of the blocksize
+    int sent = 0;  // steps whose x was asked for before the tables were filled
 
     // On their way from global memory to a stage
-    uint4 pieces[kMyTokens][4];  // every other 16 bytes of a token
-    uint4 row_codes[kMyRows][2];
-    RawScale row_scales[kMyRows][2];
+    uint4 row_codes[2];
+    RawScale row_scales[2];
 
     NF4LORA_DEVICE Producer(const GroupFwdParams &p, const Tile &tile, const float *map)
         : scales(p.member[tile.member].w, map) {
         const Weight &w = p.member[tile.member].w;
-        const int me = threadIdx.x - kConsumers, lane = me % kLanes, warp = me / kLanes % kWarps;
-        crew = me / kThreads;
-        // Two lanes load whole sectors of a token; eight store to four tokens, both halves, in different banks.
-        const int half = lane % 2, token = warp * 16 + lane / 2;
-#pragma unroll
-        for (int i = 0; i < kMyTokens; ++i) {  // beyond M: the last one again, for a column of y that nobody stores
-            const int64_t from = tile.token0 + smaller(token + kTokensApart * i, tile.tokens - 1);
-            x[i] = static_cast<const uint4 *>(p.x) + from * (p.K / kPiece) + half;
-        }
-        token_place = swizzle128(token * kTokenBytes + half * 4 * sizeof(uint4));
-        row = me % kThreads;
-        swap = row / 4 % 2;
-#pragma unroll
-        for (int i = 0; i < kMyRows; ++i) {  // beyond the weight: its last row again
-            element[i] = (tile.row0 + smaller(row + kThreads * i, tile.rows - 1)) * p.K;
-            codes[i] = w.packed + element[i] / 2;
-        }
+        row = threadIdx.x % kProducers;
+        const int token = row / kPieces, piece = row % kPieces;
+        x = static_cast<const uint16_t *>(p.x) + (tile.token0 + token) * p.K + piece * kPiece;
+        token_stride = kTokensApart * p.K;
+        tokens = static_cast<int>(smaller(tile.tokens, kTokens)) - token;
+        token_place = swizzle128(token * kTokenBytes + piece * sizeof(uint4));
+        element = (tile.row0 + smaller(row, tile.rows - 1)) * p.K;  // beyond the weight: its last row again
+        packed = w.packed + element / 2;
         shift = 31 - __clz(static_cast<int>(w.blocksize));
     }
 
     NF4LORA_DEVICE bool halves() const { return 1 << shift == kStep / 2; }
 
+    NF4LORA_DEVICE int64_t block_of(int step) const { return (element + static_cast<int64_t>(step) * kStep) >> shift; }
+
     NF4LORA_DEVICE void prefetch(int step) const {
+        prefetch_l2(packed + static_cast<int64_t>(step) * kCodeBytes);
+        prefetch_l2(static_cast<const uint8_t *>(scales.absmax) +
+                    block_of(step) * (scales.nested_absmax ? 1 : sizeof(float)));
+    }
+
+    // A group of this thread's copies; zeros for tokens beyond M.
+    NF4LORA_DEVICE void send(Stage<kTokens> &stage, int step) const {
+        const uint16_t *from = x + static_cast<int64_t>(step) * kStep;
 #pragma unroll
-        for (int i = 0; i < kMyRows; ++i)
-            prefetch_l2(codes[i] + static_cast<int64_t>(step) * kCodeBytes);
+        for (int i = 0; i < kTokens / kTokensApart; ++i, from += token_stride)
+            cp_async<sizeof(uint4)>(stage.x + token_place + i * kTokensApart * kTokenBytes, from,
+                                    i * kTokensApart < tokens);
+        cp_async_commit();
     }
 
     NF4LORA_DEVICE void load(int step) {
-#pragma unroll
-        for (int i = 0; i < kMyTokens; ++i)
-#pragma unroll
-            for (int c = 0; c < 4; ++c)
-                pieces[i][c] = x[i][static_cast<int64_t>(step) * (kStep / kPiece) + 2 * c];
-#pragma unroll
-        for (int i = 0; i < kMyRows; ++i) {
-            const uint4 *from = reinterpret_cast<const uint4 *>(codes[i] + static_cast<int64_t>(step) * kCodeBytes);
-            row_codes[i][0] = load_stream(from + swap);
-            row_codes[i][1] = load_stream(from + (swap ^ 1));
-            const int64_t block = (element[i] + static_cast<int64_t>(step) * kStep) >> shift;
-            row_scales[i][0] = load_scale(scales, block);
-            row_scales[i][1] = halves() ? load_scale(scales, block + 1) : row_scales[i][0];
-        }
+        const uint4 *from = reinterpret_cast<const uint4 *>(packed + static_cast<int64_t>(step) * kCodeBytes);
+        row_codes[0] = from[0];  // through L1, which has the second when it has the first
+        row_codes[1] = from[1];
+        const int64_t block = block_of(step);
+        row_scales[0] = load_scale(scales, block);
+        row_scales[1] = halves() ? load_scale(scales, block + 1) : row_scales[0];
     }
 
+    // Lane c of a quad finds its bytes c of a row's eight words side by side.
     NF4LORA_DEVICE void store(Stage<kTokens> &stage) const {
-#pragma unroll
-        for (int i = 0; i < kMyTokens; ++i) {
-            const uint4(&from)[4] = pieces[i];
-            const uint4 permuted[4] = {make_uint4(from[0].x, from[1].x, from[2].x, from[3].x),
-                                       make_uint4(from[0].y, from[1].y, from[2].y, from[3].y),
-                                       make_uint4(from[0].z, from[1].z, from[2].z, from[3].z),
-                                       make_uint4(from[0].w, from[1].w, from[2].w, from[3].w)};
-            char *to = stage.x + i * kTokensApart * kTokenBytes;  // where the swizzle is that of the first token
-#pragma unroll
-            for (uint32_t j = 0; j < 4; ++j)
-                *reinterpret_cast<uint4 *>(to + (token_place ^ j * static_cast<uint32_t>(sizeof(uint4)))) = permuted[j];
-        }
-#pragma unroll
-        for (int i = 0; i < kMyRows; ++i) {
-            const int at = row + kThreads * i;
-            uint4 *to = reinterpret_cast<uint4 *>(stage.codes + at * kCodeBytes);
-            to[swap] = row_codes[i][0];  // four lanes of eight store their halves the other way round: no banks shared
-            to[swap ^ 1] = row_codes[i][1];
-            const float below = decode_scale(scales, row_scales[i][0]);
-            *reinterpret_cast<float2 *>(stage.scales + 2 * at) =
-                make_float2(below, halves() ? decode_scale(scales, row_scales[i][1]) : below);
-        }
+        uint32_t below[4], above[4];  // of the first 32 k's, of the others
+        transpose_bytes(below, row_codes[0]);
+        transpose_bytes(above, row_codes[1]);
+        const uint4 first = make_uint4(below[0], above[0], below[1], above[1]);
+        const uint4 second = make_uint4(below[2], above[2], below[3], above[3]);
+        uint4 *to = reinterpret_cast<uint4 *>(stage.codes + row * kCodeBytes);
+        const bool swap = row / 4 % 2;  // four lanes of eight store theirs the other way round: no banks shared
+        to[swap] = swap ? second : first;
+        to[!swap] = swap ? first : second;
+        const float scale = decode_scale(scales, row_scales[0]);
+        *reinterpret_cast<float2 *>(stage.scales + 2 * row) =
+            make_float2(scale, halves() ? decode_scale(scales, row_scales[1]) : scale);
+    }
+
+    // What is under way while the tables are filled. Stages that the adapter's steps come to first are not free for it.
+    NF4LORA_DEVICE void start(Shared<kTokens> *shared, const Tile &tile) {
+        load(tile.first);
+        for (; sent < kLag && tile.first + sent < tile.last && tile.lora + sent < kStages; ++sent)
+            send(shared->stage[tile.lora + sent], tile.first + sent);
     }
 };
 
@@ -292,8 +292,7 @@ NF4LORA_DEVICE void store_xa(Stage<kTokens> &stage, const GroupFwdParams &p, con
     const int pieces = lora_fragments(r, step) * (kFragment / kPiece);
     const uint16_t *xa = static_cast<const uint16_t *>(p.xa) + tile.token0 * p.r + tile.rank0;
     const bool whole_pieces = p.r % kPiece == 0 && reinterpret_cast<uintptr_t>(xa) % sizeof(uint4) == 0;
-    constexpr int kCrew = Producer<kTokens>::kThreads;
-    for (int i = threadIdx.x % kCrew; i < kTokens * pieces; i += kCrew) {
+    for (int i = threadIdx.x % kProducers; i < kTokens * pieces; i += kProducers) {
         const int token = i % kTokens, piece = i / kTokens;
         const uint16_t *row = xa + smaller(token, tile.tokens - 1) * p.r;
         *reinterpret_cast<uint4 *>(stage.x + swizzle128(token * kTokenBytes + piece * sizeof(uint4))) =
@@ -302,24 +301,30 @@ NF4LORA_DEVICE void store_xa(Stage<kTokens> &stage, const GroupFwdParams &p, con
 }
 
 template <int kTokens>
-NF4LORA_DEVICE void produce(Shared<kTokens> *shared, const GroupFwdParams &p, const Tile &tile) {
-    constexpr int kCrews = Producer<kTokens>::kCrews;
-    Producer<kTokens> mine(p, tile, shared->map);
-    const int steps = tile.last - tile.first;
-    if (mine.crew < steps)
-        mine.load(tile.first + mine.crew);
-    for (int step = mine.crew; step < tile.lora; step += kCrews) {
+NF4LORA_DEVICE void produce(Producer<kTokens> &mine, Shared<kTokens> *shared, const GroupFwdParams &p,
+                            const Tile &tile) {
+    for (int step = 0; step < tile.lora; ++step) {
         store_xa<kTokens>(wait_empty(shared, step), p, tile, step);
         arrive_full(shared, step);
     }
-    for (int step = mine.crew; step < steps; step += kCrews) {
-        mine.store(wait_empty(shared, tile.lora + step));
-        arrive_full(shared, tile.lora + step);
-        if (step + kCrews < steps)
-            mine.load(tile.first + step + kCrews);
+    const int steps = tile.last - tile.first;
+    int published = 0;
+    for (int step = 0; step < steps; ++step) {
+        Stage<kTokens> &stage = wait_empty(shared, tile.lora + step);
+        if (step >= mine.sent)
+            mine.send(stage, tile.first + step);
+        mine.store(stage);
+        cp_async_wait<kLag>();
+        if (step >= kLag)
+            arrive_full(shared, tile.lora + published++);
+        if (step + 1 < steps)
+            mine.load(tile.first + step + 1);
         if (step % kPrefetchStep == 0 && step + kPrefetch < steps)
             mine.prefetch(tile.first + step + kPrefetch);
     }
+    cp_async_wait<0>();
+    while (published < steps)
+        arrive_full(shared, tile.lora + published++);
 }
 
 // ---- consumers
@@ -342,16 +347,32 @@ struct Lane {
     NF4LORA_DEVICE Lane() : row(threadIdx.x / kLanes * 16 + threadIdx.x % kLanes / 4), c(threadIdx.x % 4) {}
 };
 
-// 16 columns of lora_B, zeros beyond r.
-template <class T>
-NF4LORA_DEVICE void load_fragment(uint32_t (&a)[4], const void *lora_B, int32_t dtype, const int64_t (&row)[2],
-                                  int64_t r, int64_t column) {
+constexpr int kFragments = kStep / kFragment;  // products of a step
+
+// A step's columns of two rows of lora_B, zeros from r on: all are asked for before the first is waited for.
+template <class T, class B>
+NF4LORA_DEVICE void load_fragments(uint32_t (&a)[kFragments][4], const void *lora_B, const int64_t (&row)[2], int64_t r,
+                                   int64_t column) {
+    float v[kFragments][4][2];
 #pragma unroll
-    for (int i = 0; i < 4; ++i) {
-        const int64_t even = column + i / 2 * 8, at = row[i % 2] * r + even;
-        a[i] = round_pair<T>(even < r ? load_element(lora_B, dtype, at) : 0.0f,
-                             even + 1 < r ? load_element(lora_B, dtype, at + 1) : 0.0f);
+    for (int i = 0; i < kFragments * 8; ++i) {
+        const int64_t at = column + i / 8 * kFragment + i / 4 % 2 * 8 + i % 2;
+        v[i / 8][i / 2 % 4][i % 2] = at < r ? to_float(static_cast<const B *>(lora_B)[row[i / 2 % 2] * r + at]) : 0.0f;
     }
+#pragma unroll
+    for (int i = 0; i < kFragments * 4; ++i)
+        a[i / 4][i % 4] = round_pair<T>(v[i / 4][i % 4][0], v[i / 4][i % 4][1]);
+}
+
+template <class T>
+NF4LORA_DEVICE void load_fragments(uint32_t (&a)[kFragments][4], const GroupFwdParams &p, const Member &member,
+                                   const int64_t (&row)[2], int64_t column) {
+    if (p.B_dtype == kFloat32)
+        load_fragments<T, float>(a, member.lora_B, row, member.r, column);
+    else if (p.B_dtype == kBFloat16)
+        load_fragments<T, __nv_bfloat16>(a, member.lora_B, row, member.r, column);
+    else
+        load_fragments<T, __half>(a, member.lora_B, row, member.r, column);
 }
 
 // sum = scaling * B xa^T
@@ -363,14 +384,16 @@ NF4LORA_DEVICE void multiply_adapter(float (&sum)[kTokens / 2], Shared<kTokens> 
     const int64_t row[2] = {tile.row0 + smaller(lane.row, tile.rows - 1),
                             tile.row0 + smaller(lane.row + 8, tile.rows - 1)};
     for (int step = 0; step < tile.lora; ++step) {
+        uint32_t a[kFragments][4];
+        load_fragments<T>(a, p, member, row, static_cast<int64_t>(step) * kStep + 2 * lane.c);
         const int fragments = lora_fragments(member.r, step);
         const uint64_t xa = wgmma_descriptor(wait_full(shared, step).x);
-        for (int i = 0; i < fragments; ++i) {
-            uint32_t a[4];
-            load_fragment<T>(a, member.lora_B, p.B_dtype, row, member.r,
-                             static_cast<int64_t>(step) * kStep + i * kFragment + 2 * lane.c);
+#pragma unroll
+        for (int i = 0; i < kFragments; ++i) {
+            if (i >= fragments)
+                continue;
             wgmma_fence(sum);
-            multiply<T>(sum, a, further(xa, i * kFragmentBytes));
+            multiply<T>(sum, a[i], further(xa, i * kFragmentBytes));
             wgmma_commit();
             wgmma_wait<0>(sum);
         }
@@ -394,16 +417,13 @@ NF4LORA_DEVICE void decode(uint32_t (&first)[4], uint32_t (&second)[4], const ch
     }
 }
 
-// v, as nothing that ptxas could compute anew in every step to save a register.
-NF4LORA_DEVICE uint32_t kept(uint32_t v) { return __shfl_sync(~0u, v, threadIdx.x % kLanes); }
-
 // sum += W x^T. Of two groups of products one is always under way: while one half of a step is decoded, the one before.
 template <class T, int kTokens>
 NF4LORA_DEVICE void multiply_weight(float (&sum)[kTokens / 2], Shared<kTokens> *shared, const Tile &tile) {
     const Lane lane;
-    const uint32_t codes_at = kept(lane.row * kCodeBytes + lane.c * sizeof(uint2));
-    const uint32_t scales_at = kept(lane.row * 2 + lane.c / 2);
-    const uint32_t column = kept(threadIdx.x % kLanes * sizeof(float2));
+    const int codes_at = pinned(lane.row * kCodeBytes + lane.c * sizeof(uint2));
+    const int scales_at = pinned(lane.row * 2);
+    const uint32_t column = pinned(threadIdx.x % kLanes * sizeof(float2));
     const uint64_t x0 = wgmma_descriptor(shared->stage[0].x);
     const uint32_t first = tile.lora, steps = tile.last - tile.first;
     // A turn goes once round the ring, with constants for addresses; the first and the last may not be whole.
@@ -418,9 +438,10 @@ NF4LORA_DEVICE void multiply_weight(float (&sum)[kTokens / 2], Shared<kTokens> *
             const uint64_t x = further(x0, at * sizeof(Stage<kTokens>));
             const uint2 lower = *reinterpret_cast<const uint2 *>(stage.codes + codes_at);
             const uint2 upper = *reinterpret_cast<const uint2 *>(stage.codes + codes_at + 8 * kCodeBytes);
-            const float scale[2] = {stage.scales[scales_at], stage.scales[scales_at + 2 * 8]};
+            const float2 lower_scale = *reinterpret_cast<const float2 *>(stage.scales + scales_at);
+            const float2 upper_scale = *reinterpret_cast<const float2 *>(stage.scales + scales_at + 2 * 8);
             uint32_t a[4][4];
-            decode<T>(a[0], a[1], shared->table, column, {lower.x, upper.x}, scale);
+            decode<T>(a[0], a[1], shared->table, column, {lower.x, upper.x}, {lower_scale.x, upper_scale.x});
             wgmma_fence(sum);
             multiply<T>(sum, a[0], x);
             multiply<T>(sum, a[1], further(x, kFragmentBytes));
@@ -428,7 +449,7 @@ NF4LORA_DEVICE void multiply_weight(float (&sum)[kTokens / 2], Shared<kTokens> *
             wgmma_wait<1>(sum);  // the step before has read its stage
             if (step > 0)
                 arrive_empty(shared, at + kStages - 1);
-            decode<T>(a[2], a[3], shared->table, column, {lower.y, upper.y}, scale);
+            decode<T>(a[2], a[3], shared->table, column, {lower.y, upper.y}, {lower_scale.y, upper_scale.y});
             wgmma_fence(sum);
             multiply<T>(sum, a[2], further(x, 2 * kFragmentBytes));
             multiply<T>(sum, a[3], further(x, 3 * kFragmentBytes));
@@ -444,8 +465,7 @@ NF4LORA_DEVICE void multiply_weight(float (&sum)[kTokens / 2], Shared<kTokens> *
 // Parts as they stand in the consumers' registers: [tile][part][kTokens / 8][consumers] of four sums.
 template <int kTokens>
 NF4LORA_DEVICE float4 *part_of(void *workspace, int64_t part) {
-    const size_t counters = (sizeof(uint32_t) * gridDim.x + 255) / 256 * 256;
-    return reinterpret_cast<float4 *>(static_cast<char *>(workspace) + counters) +
+    return static_cast<float4 *>(workspace) +
            (static_cast<int64_t>(blockIdx.x) * gridDim.y + part) * (kTokens / 8 * kConsumers) + threadIdx.x;
 }
 
@@ -508,7 +528,7 @@ template <int kTokens>
 NF4LORA_DEVICE void start_ring(Shared<kTokens> *shared) {
     if (threadIdx.x == 0) {
         for (int stage = 0; stage < kStages; ++stage) {
-            mbarrier_init(shared->full + stage, Producer<kTokens>::kWarps);
+            mbarrier_init(shared->full + stage, kProducerWarps);
             mbarrier_init(shared->empty + stage, kConsumerWarps);
         }
         fence_mbarrier_init();
@@ -526,21 +546,25 @@ __global__ void __launch_bounds__(kThreads, 1) linear_fwd_kernel(const __grid_co
     const Weight &w = p.member[tile.member].w;
     prefetch_start(p, tile);
     start_ring(shared);
+    const bool producing = threadIdx.x >= kConsumers;
+    Producer<kTokens> producer(p, tile, shared->map);
+    if (producing)
+        producer.start(shared, tile);
     fill_values(shared->table, w.quant_type);
     fill_map(shared->map);
     __syncthreads();
-    if (threadIdx.x >= kConsumers) {
-        give_registers<kProducerRegisters<kTokens>>();
-        produce(shared, p, tile);
+    if (producing) {
+        give_registers<kProducerRegisters>();
+        produce(producer, shared, p, tile);
         return;
     }
-    take_registers<kConsumerRegisters<kTokens>>();
+    take_registers<kConsumerRegisters>();
     float sum[kTokens / 2] = {};
     multiply_adapter<T>(sum, shared, p, tile);
     multiply_weight<T>(sum, shared, tile);
     if (gridDim.y > 1) {
         store_part<kTokens>(p.workspace, sum);
-        if (!comes_last(static_cast<uint32_t *>(p.workspace) + blockIdx.x, gridDim.y, &shared->arrived_before))
+        if (!comes_last(p.counters + blockIdx.x, gridDim.y, &shared->arrived_before))
             return;
         add_parts<kTokens>(sum, p.workspace);
     }
@@ -561,12 +585,12 @@ struct Plan {
         for (int i = 0; i < p.count; ++i)
             tiles += ceil_div(p.member[i].w.rows, kRows);
         tiles *= ceil_div(p.M, wide ? 256 : 128);
-        parts = p.config.split < 1 ? 1 : p.config.split < steps ? p.config.split : steps;
+        const int64_t wanted = tiles > kCounters ? 1 : p.config.split;
+        parts = wanted < 1 ? 1 : wanted < steps ? wanted : steps;
     }
 
-    int64_t counters() const { return ceil_div(sizeof(uint32_t) * tiles, 256) * 256; }
     int64_t workspace() const {
-        return parts > 1 ? counters() + tiles * parts * kRows * (wide ? 256 : 128) * int64_t{sizeof(float)} : 0;
+        return parts > 1 ? tiles * parts * kRows * (wide ? 256 : 128) * int64_t{sizeof(float)} : 0;
     }
 };
 
@@ -581,9 +605,6 @@ const char *launch(const GroupFwdParams &p, void *stream) {
     const Plan plan(p);
     if (plan.tiles > INT32_MAX)
         return "y has more tiles than a grid";
-    if (plan.parts > 1)
-        if (const char *error = zero_async(p.workspace, plan.counters(), stream))
-            return error;
     return plan.wide ? launch<T, 256>(p, plan, stream) : launch<T, 128>(p, plan, stream);
 }
 

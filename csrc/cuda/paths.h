@@ -5,15 +5,33 @@
 
 namespace nf4lora {
 
-// lora.cu: p.xa, and p.x_ext where it is given. Needs p.r > 0.
+// lora.cu, which chooses among the functions below it: p.xa, and p.x_ext where it is given
 const char *lora_fwd(const GroupFwdParams &p, void *stream);
 int64_t lora_fwd_workspace(const GroupFwdParams &p);
-// lora.cu: dyb and dB from one reading of dy, dA from one of x
+// all that is wanted of GroupLoraBwdParams
 const char *lora_bwd(const GroupLoraBwdParams &p, void *stream);
 int64_t lora_bwd_workspace(const GroupLoraBwdParams &p);
+// p.dx = dropout_mask * (dyb A), for the DENSE path
+const char *lora_bwd_dx(const GroupBwdParams &p, void *stream);
 
-// lora.cu: p.dx = dropout_mask * (dyb A), for the DENSE path
+// lora_projections.cu, 16-bit dtypes: xa and x_ext; dyb and dy_ext
+const char *lora_xa(const GroupFwdParams &p, void *stream);
+int64_t lora_xa_workspace(const GroupFwdParams &p);
+const char *lora_dyb(const GroupLoraBwdParams &p, void *stream);
+int64_t lora_dyb_workspace(const GroupLoraBwdParams &p);
+// lora_gradients.cu, 16-bit dtypes: dB, with dyb and dy_ext up to 64 ranks a member; dA, with dx up to 64 in all
+const char *lora_dB(const GroupLoraBwdParams &p, void *stream);
+int64_t lora_dB_workspace(const GroupLoraBwdParams &p);
+bool lora_dB_gives_dyb(const GroupLoraBwdParams &p);
+const char *lora_dA(const GroupLoraBwdParams &p, void *stream);
+int64_t lora_dA_workspace(const GroupLoraBwdParams &p);
+bool lora_dA_gives_dx(const GroupLoraBwdParams &p);
+// lora_dx.cu, 16-bit dtypes: dx from dyb alone
 const char *lora_dx(const GroupBwdParams &p, void *stream);
+// lora_plain.cu, float32: the same, each by a launch of its own; but for dx, which lora_bwd adds
+const char *plain_xa(const GroupFwdParams &p, void *stream);
+const char *plain_lora_bwd(const GroupLoraBwdParams &p, void *stream);
+const char *plain_dx(const GroupBwdParams &p, void *stream);
 
 // linear_fwd_small.cu: y and xa in one launch
 const char *linear_fwd_small(const GroupFwdParams &p, void *stream);

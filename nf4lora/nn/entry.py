@@ -10,14 +10,14 @@ from .. import checks
 
 def entered(layer: Any, x: Tensor) -> tuple[Tensor, torch.dtype]:
     """x in the dtype to compute in, and the dtype of the output, as the table of `nf4lora.nn` has them."""
+    dtype, weight = x.dtype, layer.weight
     if x.ndim == 0 or x.shape[-1] != layer.in_features:
         raise ValueError(f"{layer}: found x of shape {tuple(x.shape)}, wanted [..., {layer.in_features}]")
-    if x.dtype not in checks.float_dtypes():
-        raise TypeError(f"{layer}: found x of {x.dtype}, wanted one of {checks.float_dtypes()}")
-    if layer.weight.dtype != torch.uint8 or layer.weight.is_meta and not x.is_meta:
+    if dtype not in checks.FLOATS and dtype not in checks.float_dtypes():
+        raise TypeError(f"{layer}: found x of {dtype}, wanted one of {checks.float_dtypes()}")
+    if weight.dtype != torch.uint8 or weight.is_meta and not x.is_meta:
         raise RuntimeError(f"{layer} holds no 4-bit weight yet: call quantize_(weight), from_linear or load_state_dict")
-    device = x.device.type
+    compute, device = layer.compute_dtype or dtype, x.device.type
     if device != "meta" and torch.is_autocast_enabled(device):
-        compute = torch.get_autocast_dtype(device)
-        return x.to(compute), compute
-    return x.to(layer.compute_dtype or x.dtype), x.dtype
+        compute = dtype = torch.get_autocast_dtype(device)
+    return x if x.dtype == compute else x.to(compute), dtype

@@ -106,6 +106,8 @@ class ComputeTogether:
             offer(self.members, x, compute_together(self.members, x))
 
     def after(self, block: nn.Module, args: tuple[Any, ...], output: Any) -> None:
+        if torch.compiler.is_compiling():  # `before` offered nothing
+            return
         if forget(self.members) and output is not None:
             self.useless = True
             warnings.warn(f"{type(block).__name__} does not call {self.members} on its input: not grouped any more", stacklevel=2)

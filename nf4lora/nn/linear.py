@@ -122,7 +122,9 @@ class NF4Linear(nn.Linear):
     @property
     def quant_state(self) -> QuantState:
         """How `weight` is decoded, sharing this layer's memory."""
-        _, absmax, nested_absmax, offset = self._weight_args()
+        _, absmax, *nested = self._weight_args()
+        nested_absmax, offset = (t if t is None else t.view(torch.float32) for t in nested)
+        absmax = absmax if self.double_quant else absmax.view(torch.float32)
         return QuantState(absmax, (self.out_features, self.in_features), self.weight_dtype, self.blocksize,
                           self.quant_type, None if offset is None else offset.reshape(()), nested_absmax)  # fmt: skip
 
@@ -132,9 +134,8 @@ class NF4Linear(nn.Linear):
 
     def _weight_args(self) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
         if not self.double_quant:
-            return self.weight, self.weight_absmax.view(torch.float32), None, None
-        nested, offset = self.weight_nested_absmax.view(torch.float32), self.weight_nested_offset.view(torch.float32)
-        return self.weight, self.weight_absmax, nested, offset
+            return self.weight, self.weight_absmax, None, None
+        return self.weight, self.weight_absmax, self.weight_nested_absmax, self.weight_nested_offset
 
     def _adapter(self) -> tuple[Tensor | None, Tensor | None, float]:
         """lora_A, lora_B, scaling."""
@@ -154,7 +155,7 @@ class NF4Linear(nn.Linear):
             compute, *self._weight_args(), self.bias, lora_A, lora_B, seed,
             self.out_features, self.blocksize, self.quant_type, scaling, dropout_p,
         )  # fmt: skip
-        return y.to(dtype)
+        return y if y.dtype == dtype else y.to(dtype)
 
     def _format(self) -> dict[str, Any]:
         """What the tensors of the state dict do not say; travels in its `_metadata`, which `torch.save` keeps."""

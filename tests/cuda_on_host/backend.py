@@ -68,8 +68,8 @@ class Machine(CudaLibrary):
 
     def counters(self, device: torch.device) -> int | None:
         call = self._call()
-        call.counters = torch.zeros(COUNTERS // 16, dtype=torch.int32)  # the checker is slow with more
-        return self.pointer(call.counters)
+        call.counters = np.zeros(COUNTERS // 16, np.int32)  # the checker is slow with more
+        return self.pointer(torch.from_numpy(call.counters))
 
     def run(self, name: str, params: Structure, device: torch.device) -> None:
         call, self._mine.call = self._call(), None
@@ -79,7 +79,9 @@ class Machine(CudaLibrary):
             machine.cuda_on_host_resident(int(self.resident))
             for t in call.operands:
                 written = int(t.data_ptr() not in call.outputs)
-                machine.cuda_on_host_register(t.data_ptr(), t.nbytes, written, b"output" if not written else b"input")
+                last = sum((n - 1) * stride for n, stride in zip(t.shape, t.stride(), strict=True))
+                kind = b"input" if written else b"output"
+                machine.cuda_on_host_register(t.data_ptr(), (last + 1) * t.itemsize, written, kind)
             try:
                 message = getattr(machine, f"nf4lora_cuda_{name}")(byref(params), None)
                 if message:
@@ -102,7 +104,7 @@ class Machine(CudaLibrary):
 class _Call:
     def __init__(self) -> None:
         self.operands: list[Tensor] = []
-        self.counters: Tensor | None = None
+        self.counters: np.ndarray | None = None
         self.outputs: dict[int, tuple[np.ndarray, int, int]] = {}
 
 

@@ -33,7 +33,7 @@ LINEAR = {
         "linear_fwd_small": ("linear_fwd_small", "linear_fwd_small_resident"), "linear_fwd_mma": ("linear_fwd_mma",),
         "linear_fwd_wgmma": ("linear_fwd_wgmma",), "linear_bwd_mma": ("linear_bwd_mma",),
         "linear_bwd_wgmma": ("linear_bwd_wgmma",), "decode_group": ("decode_group",),
-        "lora": ("lora_fwd", "lora_bwd", "lora_dx"), "swiglu": ("swiglu", "swiglu_unaligned"),
+        "lora_projections": ("lora_xa", "lora_dyb"), "lora_gradients": ("lora_bwd",), "lora_dx": ("lora_dx",), "swiglu": ("swiglu", "swiglu_unaligned"),
     }.items()
     for case in cases
 }  # fmt: skip
@@ -251,21 +251,35 @@ BUGS = (
     Bug("small-warps-not-added", "wrong reduction", "linear_fwd_small",
         "sum = turn == 0 ? total[m][t][e] : sum + total[m][t][e];", "sum = total[m][t][e];"),
     Bug("small-xa-released-too-soon", "missing wait for another block", "linear_fwd_small_resident",
-        "    __syncthreads();  // all have stored before thread 0 releases\n", ""),
+        "    __syncthreads();  // all have stored before one says so\n", ""),
+    Bug("small-xa-not-waited-for", "read of unwritten global memory", "linear_fwd_small_resident",
+        "is_there = plan.slices > 0 && xa_is_there(*word);", "is_there = plan.slices > 0;"),
+    Bug("small-no-barrier-before-copy", "race between warps: write after read", "linear_fwd_small",
+        "__syncthreads();  // the copies overwrite this chunk", "// the copies overwrite this chunk"),
+    Bug("small-map-read-too-soon", "read of unwritten shared memory", "linear_fwd_small",
+        "bool needs_map() const { return nested_absmax && shift != kWords; }", "bool needs_map() const { return false; }"),
+    Bug("small-claims-not-taken-back", "wrong reduction", "linear_fwd_small_resident",
+        "add_relaxed(state, -(kThere + claims));", "add_relaxed(state, -(kThere + claims / 64));"),
+    Bug("small-late-producers-not-counted", "race between blocks", "linear_fwd_small",
+        "plan.tiles * kThere - plan.slices", "plan.tiles * kThere"),
+    Bug("small-there-for-one-tile-less", "race between blocks", "linear_fwd_small",
+        "plan.tiles * kThere - plan.slices", "(plan.tiles - 1) * kThere - plan.slices"),
+    Bug("small-parts-one-short", "read of unwritten global memory", "linear_fwd_small",
+        "comes_last(arrivals, split, word)", "comes_last(arrivals, split - 1, word)"),
     # ---- csrc/cuda/linear_fwd_mma.cu
     Bug("fwd-mma-no-barrier-in-loop", "race between warps: write after read", "linear_fwd_mma",
-        "__syncthreads();  // this step's x has come", "// this step's x has come"),
+        "__syncthreads();  // this stage of x has come", "// this stage of x has come"),
     Bug("fwd-mma-wait-one-short", "missing wait for cp.async", "linear_fwd_mma",
-        "cp_async_wait<S::kStages - 2>();", "cp_async_wait<S::kStages - 1>();"),
+        "cp_async_wait<0>();\n                __syncthreads();", "cp_async_wait<1>();\n                __syncthreads();"),
     Bug("fwd-mma-swizzle-of-second-half", "wrong swizzle", "linear_fwd_mma",
-        "tokens + piece_at(g, 2 * c + 1));", "tokens + piece_at(g, 2 * c) + kPiece);"),
+        "x + piece_at(g, 2 * c + 1)};", "x + piece_at(g, 2 * c) + kPiece};"),
     Bug("fwd-mma-register-order", "wrong fragment", "linear_fwd_mma",
         "a[i / 2][byte / 2][i % 2 + byte % 2 * 2]", "a[i / 2][byte % 2][i % 2 + byte / 2 * 2]"),
     Bug("fwd-mma-table-copies", "table entry never written", "linear_fwd_mma",
         "for (int i = 0; i < kHalf / kPiece; ++i)\n        *reinterpret_cast<uint4 *>(shared + byte",
         "for (int i = 0; i + 1 < kHalf / kPiece; ++i)\n        *reinterpret_cast<uint4 *>(shared + byte"),
     Bug("fwd-mma-absmax-past-the-end", "out-of-bounds global read", "linear_fwd_mma",
-        "(at_ < last_ ? at_ : last_) >> shift_", "at_ >> shift_"),
+        "left > kStep ? kStep / kPieceWeights : 0;", "left > 0 ? kStep / kPieceWeights : 0;"),
     # ---- csrc/cuda/linear_fwd_wgmma.cu
     Bug("fwd-wgmma-byte-of-a-fragment", "wrong fragment", "linear_fwd_wgmma",
         "byte_selector(i / 2)", "byte_selector(i % 4)"),
@@ -281,10 +295,14 @@ BUGS = (
     Bug("fwd-wgmma-last-part-lost", "wrong reduction", "linear_fwd_wgmma",
         "for (unsigned s = 0; s < gridDim.y; ++s)", "for (unsigned s = 0; s + 1 < gridDim.y; ++s)"),
     Bug("fwd-wgmma-any-part-sums", "race between blocks", "linear_fwd_wgmma",
-        "if (!comes_last(static_cast<uint32_t *>(p.workspace) + blockIdx.x, gridDim.y, &shared->arrived_before))",
+        "if (!comes_last(p.counters + blockIdx.x, gridDim.y, &shared->arrived_before))",
         "if (blockIdx.y + 1 < gridDim.y)"),
     Bug("fwd-wgmma-token-tail-read", "out-of-bounds global read", "linear_fwd_wgmma",
-        "smaller(token + kTokensApart * i, tile.tokens - 1)", "(token + kTokensApart * i)"),
+        "i * kTokensApart < tokens);", "i < kTokens);"),
+    Bug("fwd-wgmma-copy-wait-one-short", "missing wait for cp.async", "linear_fwd_wgmma",
+        "        cp_async_wait<kLag>();", "        cp_async_wait<kLag + 1>();"),
+    Bug("fwd-wgmma-bytes-of-a-lane", "wrong fragment", "linear_fwd_wgmma",
+        "out[1] = __byte_perm(upper[0], upper[1], 0x7632);", "out[1] = __byte_perm(upper[1], upper[0], 0x7632);"),
     # ---- csrc/cuda/linear_bwd_mma.cu
     Bug("bwd-mma-no-barrier-in-loop", "race between warps: read after write", "linear_bwd_mma",
         "__syncthreads();                      // everyone's copies of this step", "// everyone's copies of this step"),
@@ -311,8 +329,13 @@ BUGS = (
         "            cp_async_wait<kLag>();", "            cp_async_wait<kLag + 1>();"),
     Bug("bwd-wgmma-swizzle-on-one-side", "wrong swizzle", "linear_bwd_wgmma",
         "tile + swizzle128(first * kRowBytes + piece * 16)", "tile + first * kRowBytes + piece * 16"),
-    Bug("bwd-wgmma-expected-bytes", "wrong expected bytes", "linear_bwd_wgmma",
-        "kLanes / 2 * bytes)", "kLanes * bytes)"),
+    Bug("bwd-wgmma-full-count", "deadlock", "linear_bwd_wgmma",
+        "mbarrier_init(shared->full + stage, kProducers / kLanes);",
+        "mbarrier_init(shared->full + stage, kProducers / kLanes + 1);"),
+    Bug("bwd-wgmma-bytes-of-a-lane", "wrong fragment", "linear_bwd_wgmma",
+        "lane.source / 32 * 16);", "lane.source / 64 * 32);"),
+    Bug("bwd-wgmma-row-beyond-the-member", "out-of-bounds global read", "linear_bwd_wgmma",
+        "(row < step.rows ? row : step.rows - 1)", "row"),
     Bug("bwd-wgmma-tokens-write", "out-of-bounds global write", "linear_bwd_wgmma",
         "i < tokens * kPieces;", "i < (tokens > 0 ? Shape<kTiles>::kTokens : 0) * kPieces;"),
     Bug("bwd-wgmma-parts-counted-too-soon", "race between blocks", "linear_bwd_wgmma",
@@ -328,18 +351,36 @@ BUGS = (
         "p.stores_of_row.quotient(store)", "p.stores_of_row.quotient(first)"),
     Bug("decode-row-of-the-group", "out-of-bounds global read", "decode_group",
         "(row - place.row0) * of.r + rank", "row * of.r + rank"),
-    # ---- csrc/cuda/lora.cu
-    Bug("lora-copy-wait-one-short", "missing wait for cp.async", "lora_fwd",
+    Bug("decode-zeros-below", "wrong reduction", "decode_group",
+        "        if (of == p.count)\n            return Loaded{0, 1.0f};\n", "        of = of < p.count ? of : 0;\n"),
+    # ---- csrc/cuda/lora_projections.cu
+    Bug("lora-copy-wait-one-short", "missing wait for cp.async", "lora_xa",
         "cp_async_wait<kStages - 2>();\n        finish_source",
         "cp_async_wait<kStages - 1>();\n        finish_source"),
+    Bug("lora-dy-ext-of-the-member", "race between blocks", "lora_dyb",
+        "token * p.ld + place.row0 + n", "token * p.ld + n"),
+    # ---- csrc/cuda/lora_gradients.cu
     Bug("lora-parts-not-met", "missing wait for another block", "lora_bwd",
         "if (!comes_last(gradient.counters + slot, gridDim.y, reinterpret_cast<uint32_t *>(shared)))",
         "if (blockIdx.y + 1 < gridDim.y)"),
     Bug("lora-dyb-slab", "wrong reduction", "lora_bwd",
-        "sum_of_parts(first + i, p.M * kRanks, static_cast<unsigned>(slabs))",
-        "sum_of_parts(first + i, p.M * kRanks, static_cast<unsigned>(slabs - 1))"),
+        "(first + i, p.M * kRanks, slabs)", "(first + i, p.M * kRanks, slabs - 1)"),
+    Bug("lora-dyb-counted-too-soon", "missing wait for another block", "lora_bwd",
+        "summed = step - 2, counted = step - 1;", "summed = step - 2, counted = step;"),
     Bug("lora-not-transposed", "wrong fragment", "lora_bwd",
         "ldmatrix_x4_trans(a[i], source", "ldmatrix_x4(a[i], source"),
+    Bug("lora-stride-of-dy", "out-of-bounds global read", "lora_bwd", "stride(member.ld_dy)", "stride(p_.N)"),
+    Bug("lora-zeros-of-every-member", "race between blocks", "lora_bwd",
+        "if (extends && of + 1 == p.count)", "if (extends)"),
+    Bug("lora-A-read-too-soon", "race between warps: read after write", "lora_bwd",
+        "            __syncthreads();\n#pragma unroll\n            for (int k = 0; k < kDxRanks; ++k)\n",
+        "#pragma unroll\n            for (int k = 0; k < kDxRanks; ++k)\n"),
+    Bug("lora-dx-over-x", "race between lanes of a warp", "lora_bwd", "__syncwarp();  // all have read their x\n", "\n"),
+    Bug("lora-dx-stored-too-soon", "race between warps: read after write", "lora_bwd",
+        "        __syncthreads();\n        store_dx(steps - 1);", "        store_dx(steps - 1);"),
+    Bug("lora-dx-columns", "wrong fragment", "lora_bwd",
+        "factor_of_dx[k][j + 1][0] = b[2]", "factor_of_dx[k][j + 1][0] = b[1]"),
+    # ---- csrc/cuda/lora_dx.cu
     Bug("lora-dx-no-barrier", "race between warps: write after read", "lora_dx",
         "__syncthreads();  // the next ranks, or dx,", "// the next ranks, or dx,"),
     # ---- csrc/cuda/swiglu.cu
@@ -386,8 +427,8 @@ def _write(bug: Bug) -> Path:
     folder = Path(tempfile.gettempdir()) / f"nf4lora-planted-{os.getuid()}" / bug.name
     source = folder / "cuda" / bug.source.name
     source.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
-    for header in (*build.CSRC.glob("*.h"), *build.CSRC.glob("*.cuh")):
-        link = folder / header.name
+    for header in (h for kind in ("*.h", "*.cuh") for h in (*build.CSRC.glob(kind), *(build.CSRC / "cuda").glob(kind))):
+        link = folder / header.relative_to(build.CSRC)
         if not link.is_symlink() or link.readlink() != header:
             link.unlink(missing_ok=True)
             link.symlink_to(header)

@@ -74,6 +74,7 @@ def declare(loaded: CDLL) -> None:
         ("forget_all", None),
         ("build", c_char_p),
         ("profile", c_char_p),
+        ("launches", c_char_p),
     ):
         function = getattr(loaded, f"cuda_on_host_{name}")
         function.argtypes, function.restype = arguments, result

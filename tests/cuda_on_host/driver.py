@@ -91,7 +91,10 @@ class Device:
             raise RuntimeError(message.decode())
 
     def run_path(self, function: str, params: Structure) -> None:
-        """Calls a function of csrc/cuda/paths.h, its workspace put into the parameters. Raises: as `run`."""
+        """Calls a function of csrc/cuda/paths.h, its workspace and counters put into the parameters.
+
+        Raises: as `run`, and Wrong where counters are not left at zero.
+        """
         name = type(params).__name__
         struct = f"ERKNS_{len(name)}{name}E"
         wanted = f"{function}_workspace"
@@ -99,7 +102,11 @@ class Device:
             sizes.restype = c_int64
             if nbytes := sizes(byref(params)):
                 params.workspace = self.empty("workspace", nbytes, np.uint8).ctypes.data
+        counters = self.put("counters", np.zeros(4096, np.uint32))
+        if hasattr(params, "counters"):
+            params.counters = counters.ctypes.data
         self.run(f"_ZN7nf4lora{len(function)}{function}{struct}Pv", byref(params))
+        equal("counters", counters, np.zeros(4096))
 
 
 def _as_ctypes(argument: Any) -> Any:
@@ -440,9 +447,9 @@ def forward(device: Device, seed: int, function: str, config: Config) -> None:
             for of in linears:
                 expected["decoded"][row : row + len(of.B), rank : rank + len(of.A)] = of.scaling * of.B
                 row, rank = row + len(of.B), rank + len(of.A)
-        elif function != "lora_fwd":
+        elif function != "lora_xa":
             expected["y"] = y
-        if function in ("lora_fwd", "linear_fwd_small") and r:
+        if function in ("lora_xa", "linear_fwd_small") and r:
             expected["xa"] = from_bf16(xa)
         else:
             fields["xa"] = device.put("xa", xa)
@@ -461,13 +468,15 @@ def backward(device: Device, seed: int, function: str, config: Config) -> None:
     dyb = [integers((M, r), 8, 18 + i) for i, r in enumerate(config.r)]
     adapters = sum(d @ of.A for d, of in zip(dyb, linears, strict=True))
     if function == "decode_group":
-        expected = {"decoded": np.concatenate([*(of.W for of in linears), *(of.A for of in linears)])}
+        below = np.zeros((-(sum(config.N) + sum(config.r)) % 8, config.K))
+        expected = {"decoded": np.concatenate([*(of.W for of in linears), *(of.A for of in linears), below])}
     elif function == "lora_dx":
         expected = {"dx": adapters}
     else:
         expected = {"dx": adapters + sum(d @ of.W for d, of in zip(dy, linears, strict=True))}
     with device.memory(seed, config.resident):
-        fields: dict[str, Any] = config.sizes() | {"dy_dtype": 1, "A_dtype": 0, "extend": int("decoded" in expected)}
+        fields: dict[str, Any] = config.sizes() | {"dy_dtype": 1, "A_dtype": 0}
+        fields["ld"] = len(expected["decoded"]) if function == "decode_group" else sum(config.N)
         fields |= {"member": _members(device, config, linears), "dy": device.put("dy", to_bf16(np.concatenate(dy, 1)))}
         if sum(config.r):
             fields["dyb"] = device.put("dyb", to_bf16(np.concatenate(dyb, 1)))
@@ -478,26 +487,40 @@ def backward(device: Device, seed: int, function: str, config: Config) -> None:
             equal(name, out[name], to_bf16(v))
 
 
-def lora_backward(device: Device, seed: int, config: Config) -> None:
-    """dyb, dA and dB."""
+def lora_backward(device: Device, seed: int, functions: tuple[str, ...], config: Config) -> None:
+    """Of GroupLoraBwdParams: dyb, dB and dy_ext, dA and dx, as far as the functions give them; dyb is given else."""
     linears, M, K = config.linears(), config.M, config.K
     x, dy = integers((M, K), 8, 14), [integers((M, N), 8, 15 + i) for i, N in enumerate(config.N)]
     xa = [integers((M, r), 8, 18 + i) for i, r in enumerate(config.r)]
     dyb = to_bf16(np.concatenate([of.scaling * d @ of.B for d, of in zip(dy, linears, strict=True)], 1))
     dA = [part.T @ x for part in _beside(from_bf16(dyb).astype(np.float64), config.r)]
     dB = [of.scaling * d.T @ part for of, d, part in zip(linears, dy, xa, strict=True)]
+    dx = sum(
+        part @ of.A for part, of in zip(_beside(from_bf16(dyb).astype(np.float64), config.r), linears, strict=True)
+    )
+    columns = sum(config.N) + sum(config.r)
+    ext = np.concatenate([*map(to_bf16, dy), dyb, np.zeros((M, -columns % 8), np.uint16)], 1)
     with device.memory(seed, config.resident):
-        out = {"dA": [device.empty("dA", v.shape, np.float32) for v in dA],
-               "dB": [device.empty("dB", v.shape, np.float32) for v in dB]}  # fmt: skip
+        sums = {"dA": dA} if "lora_dA" in functions else {}
+        sums |= {"dB": dB} if "lora_dB" in functions else {}
+        rounded = {"dx": to_bf16(dx)} if "lora_dA" in functions else {}
+        rounded |= {"dyb": dyb, "dy_ext": ext} if functions[0] != "lora_dA" else {}
+        out = {name: [device.empty(name, v.shape, np.float32) for v in each] for name, each in sums.items()}
+        found = {name: device.empty(name, v.shape, np.uint16) for name, v in rounded.items()}
         fields: dict[str, Any] = config.sizes() | {"dtype": 1, "A_dtype": 0, "B_dtype": 0, "split": config.split}
-        fields |= {"member": _members(device, config, linears, **out)}
-        fields |= {name: device.put(name, to_bf16(v)) for name, v in
-                   (("x", x), ("dy", np.concatenate(dy, 1)), ("xa", np.concatenate(xa, 1)))}  # fmt: skip
-        found = device.empty("dyb", dyb.shape, np.uint16)
-        device.run_path("lora_bwd", _params(_abi().GroupLoraBwdParams, **fields, dyb=found))
-        equal("dyb", found, dyb)
-        for name, expected in (("dA", dA), ("dB", dB)):
-            for got, v in zip(out[name], expected, strict=True):
+        gradients = [device.put("dy", to_bf16(d)) for d in dy]
+        fields |= {
+            "ld": ext.shape[1],
+            "member": _members(device, config, linears, **out, dy=gradients, ld_dy=list(config.N)),
+        }
+        fields |= {name: device.put(name, to_bf16(v)) for name, v in (("x", x), ("xa", np.concatenate(xa, 1)))}
+        fields |= {} if "dyb" in found else {"dyb": device.put("dyb", dyb)}
+        for function in functions:
+            device.run_path(function, _params(_abi().GroupLoraBwdParams, **fields, **found))
+        for name, expected in rounded.items():
+            equal(name, found[name], expected)
+        for name, each in sums.items():
+            for got, v in zip(out[name], each, strict=True):
                 equal(name, got, v.astype(np.float32))
 
 
@@ -541,12 +564,14 @@ CASES: dict[str, tuple[Call, ...]] = {
     "linear_fwd_small": (
         (forward, ("linear_fwd_small", Config(20, (35, 16), 128, (5, 3), tokens=16, split=2))),
         (forward, ("linear_fwd_small", Config(3, (33,), 576, (0,), tokens=8, nested=False))),
+        (forward, ("linear_fwd_small", Config(33, (16,), 448, (0,), tokens=64, nested=False))),
     ),
     "linear_fwd_small_resident": (
         (forward, ("linear_fwd_small", Config(9, (70,), 576, (20,), tokens=8, resident=True))),
+        (forward, ("linear_fwd_small", Config(3, (130, 5), 576, (3, 50), tokens=8, split=3, resident=True))),
     ),
     "linear_fwd_mma": (
-        (forward, ("linear_fwd_mma", Config(70, (20, 16), 256, (17, 3), tokens=64, split=2))),
+        (forward, ("linear_fwd_mma", Config(70, (20, 16), 576, (17, 3), tokens=64, split=2))),
         (forward, ("linear_fwd_mma", Config(33, (24,), 128, (3,), tokens=128, nested=False, blocksize=32))),
     ),
     "linear_fwd_wgmma": (
@@ -565,8 +590,12 @@ CASES: dict[str, tuple[Call, ...]] = {
         (forward, ("decode_group", Config(1, (40, 33, 70), 256, (3, 4, 5), split=2))),
         (backward, ("decode_group", Config(1, (70, 33), 256, (3, 4), split=2, nested=False))),
     ),
-    "lora_fwd": ((forward, ("lora_fwd", Config(70, (16, 16), 264, (13, 3), split=2))),),
-    "lora_bwd": ((lora_backward, (Config(130, (520,), 136, (16,), split=2),)),),
+    "lora_xa": ((forward, ("lora_xa", Config(70, (16, 16), 264, (13, 3), split=2))),),
+    "lora_dyb": ((lora_backward, (("lora_dyb",), Config(70, (24, 16), 64, (13, 3)))),),
+    "lora_bwd": (
+        (lora_backward, (("lora_dB", "lora_dA"), Config(130, (520,), 136, (16,), split=2))),
+        (lora_backward, (("lora_dB", "lora_dA"), Config(70, (264, 24), 264, (17, 4)))),
+    ),
     "lora_dx": ((backward, ("lora_dx", Config(20, (8, 8), 136, (17, 60)))),),
     "swiglu": ((swiglu, (5, 24, 0)), (swiglu, (5, 17, 0))),
     "swiglu_unaligned": ((swiglu, (5, 24, 2)),),

@@ -69,6 +69,7 @@ constexpr unsigned kPollsPerYield = 16;
 constexpr unsigned kSwitchesPerLook = 64;  // at the flags of wait_until, while other threads can run
 
 std::mutex g_one_launch;
+std::string g_launches;  // since cuda_on_host_launches was last called
 bool g_resident = false;
 uint32_t g_schedule = 0;
 
@@ -830,6 +831,22 @@ void access(const void *p, size_t bytes, Access how, const char *site) {
         poll(site);
 }
 
+static void note_launch(const void *arguments) {
+    void *kernel = nullptr;
+    Dl_info library;
+    if (arguments)
+        memcpy(&kernel, arguments, sizeof kernel);
+    if (!kernel || !dladdr(kernel, &library))
+        return;
+    char line[128];
+    snprintf(line, sizeof line, "%zx %u %u %u %d %zu\n",
+             static_cast<size_t>(static_cast<char *>(kernel) - static_cast<char *>(library.dli_fbase)), machine.grid.x,
+             machine.grid.y, machine.grid.z, static_cast<int>(machine.threads), machine.shared_bytes);
+    if (g_launches.size() > 1 << 22)  // nobody reads them
+        g_launches.clear();
+    g_launches += line;
+}
+
 const char *launch(dim3 grid, dim3 block, size_t shared_bytes, const std::function<void()> &body, const char *kernel,
                    const void *arguments, size_t argument_bytes) {
     std::lock_guard<std::mutex> one(g_one_launch);
@@ -851,6 +868,7 @@ const char *launch(dim3 grid, dim3 block, size_t shared_bytes, const std::functi
     g_running = &g_main;
     g_yields = g_yields_in_all = g_switches = 0;
     check_launch(arguments, argument_bytes);
+    note_launch(arguments);
     {
         FaultHandlers handlers;
         (void)handlers;
@@ -875,6 +893,13 @@ const char *launch(dim3 grid, dim3 block, size_t shared_bytes, const std::functi
 extern "C" {
 void cuda_on_host_schedule(uint32_t seed) { cuda_on_host::g_schedule = seed; }
 void cuda_on_host_resident(int32_t on) { cuda_on_host::g_resident = on != 0; }
+const char *cuda_on_host_launches() {
+    static std::string told;
+    std::lock_guard<std::mutex> one(cuda_on_host::g_one_launch);
+    told.swap(cuda_on_host::g_launches);
+    cuda_on_host::g_launches.clear();
+    return told.c_str();
+}
 const char *cuda_on_host_build() {
     return CUDA_ON_HOST_CHECKED ? "checker" : CUDA_ON_HOST_ADDRESS ? "address" : "plain";
 }

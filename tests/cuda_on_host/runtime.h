@@ -77,7 +77,7 @@ enum class Access { kRead, kWrite, kAtomic };
 void access(const void *p, size_t bytes, Access how, const char *site);
 
 // ---- launching: null, or the first error's message (valid until the next launch in this process). The kernel may read
-// `arguments`, which are its copied arguments and what else `body` reads before it calls the kernel.
+// `arguments`, which are its address, its copied arguments and what else `body` reads before it calls the kernel.
 const char *launch(dim3 grid, dim3 block, size_t shared_bytes, const std::function<void()> &body, const char *kernel,
                    const void *arguments = nullptr, size_t argument_bytes = 0);
 
@@ -100,4 +100,7 @@ const char *cuda_on_host_build();
 // "global load", "global store", "shared load" or "shared store", ratio the sectors (global) or wavefronts (shared)
 // moved over the ideal. Empty in other builds.
 const char *cuda_on_host_profile();
+// Of each launch since the last call: a line "kernel x y z threads shared", kernel as an offset into the library, x y z the
+// grid, shared in bytes.
+const char *cuda_on_host_launches();
 }

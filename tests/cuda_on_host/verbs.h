@@ -386,6 +386,8 @@ CUDA_ON_HOST_UNSEEN uint32_t atomic_add_acq_rel(uint32_t *p, uint32_t v, Caller 
     return before;
 }
 
+CUDA_ON_HOST_UNSEEN void add_relaxed(uint32_t *p, uint32_t v, Caller at = here()) { atomic_add_acq_rel(p, v, at); }
+
 CUDA_ON_HOST_UNSEEN uint32_t atomic_inc_acq_rel(uint32_t *p, uint32_t last, Caller at = here()) {
     sanitize(p, sizeof *p, Access::kWrite);
     const uint32_t before = *static_cast<volatile uint32_t *>(p);
@@ -587,21 +589,13 @@ CUDA_ON_HOST_UNSEEN void wgmma_m64n256k16(float (&d)[128], const uint32_t (&a)[4
 
 namespace nf4lora {
 
-inline void zero_bytes(uint8_t *p, size_t bytes) {
-    for (size_t i = 0; i < bytes; ++i)
-        p[i] = 0;
-}
-
-inline const char *zero_async(void *p, size_t bytes, void *stream) {
-    return NF4LORA_LAUNCH(zero_bytes, 1, 1, 0, stream, static_cast<uint8_t *>(p), bytes);
-}
-
 using cuda_on_host::verbs::load_stream;
 using cuda_on_host::verbs::prefetch_l2;
 using cuda_on_host::verbs::store_stream;
 using cuda_on_host::verbs::load_acquire;
 using cuda_on_host::verbs::store_release;
 using cuda_on_host::verbs::atomic_add_acq_rel;
+using cuda_on_host::verbs::add_relaxed;
 using cuda_on_host::verbs::atomic_inc_acq_rel;
 using cuda_on_host::verbs::wait_acquire;
 using cuda_on_host::verbs::pinned;
