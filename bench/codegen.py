@@ -98,7 +98,7 @@ class KernelRow:
     registers: int
     spill_bytes: int  # that the kernel's text stores to or loads from local memory
     stack_bytes: int
-    shared_bytes: int  # static
+    shared_bytes: int  # static, with the KiB that the system takes of a block from sm_80 on
     dynamic_shared_bytes: int  # 0, as threads and resident_blocks, of a kernel that launches.json does not have
     threads: int
     resident_blocks: int  # that a multiprocessor holds at once
@@ -117,7 +117,10 @@ _MULTIPROCESSOR = {
 
 
 def resident_blocks(arch: str, registers: int, threads: int, shared_bytes: int) -> int:
-    """Blocks that a multiprocessor holds at once: what its 64 Ki registers, warps and shared memory are enough for."""
+    """Blocks that a multiprocessor holds at once: what its 64 Ki registers, warps and shared memory are enough for.
+
+    shared_bytes: dynamic; nothing in csrc is static, and what the system takes of each block comes on top.
+    """
     warps, blocks, shared = _MULTIPROCESSOR[arch]
     of_block = -(-threads // 32)
     reserved = 0 if arch == "sm_75" else 1024
@@ -278,7 +281,7 @@ def rows_of(cubin_path: Path, compiler: str, rules: Sequence[Rule] = RULES) -> l
         opcodes |= Counter(i.name for i in listing if i.name in FLOAT_ATOMICS)
         has, launch = resources[arch, kernel], launched.get(named[kernel], {"threads": 0, "shared_bytes": 0})
         threads, dynamic = launch["threads"], launch["shared_bytes"]
-        resident = resident_blocks(arch, has.registers, threads, has.shared_bytes + dynamic) if threads else 0
+        resident = resident_blocks(arch, has.registers, threads, dynamic) if threads else 0
         rows.append(KernelRow(
             named[kernel], arch, compiler, has.registers, sum(local), has.stack_bytes, has.shared_bytes, dynamic, threads,
             resident, len(listing),

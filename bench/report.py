@@ -25,7 +25,7 @@ _MACHINE_CODE = {
     "encode_blocks<__nv_bfloat16, (QuantType)1, 8>": "quantize bf16 to FP4, blocksize 64",
     "small_kernel<__nv_bfloat16, 8, 1>": "forward small, 8 tokens",
     "small_kernel<__nv_bfloat16, 16, 1>": "forward small, 16 tokens",
-    "linear_tiles<Shape<64, 2>, __nv_bfloat16>": "forward mma, 64 tokens",
+    "linear_tiles<Shape<64, 2, 1>, __nv_bfloat16>": "forward mma, 64 tokens",
     "linear_fwd_kernel<__nv_bfloat16, 128>": "forward wgmma, 128 tokens",
     "dx_kernel<__nv_bfloat16, Plan<16> >": "backward small, mma, 16 tokens",
     "bwd_kernel<__nv_bfloat16, 2>": "backward wgmma, 128 tokens",

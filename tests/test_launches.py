@@ -35,7 +35,7 @@ def test_nothing_is_copied_on_the_way(counted):
 def test_the_published_table_is_of_these_kernels(counted):
     published = json.loads(launches.RESULTS.read_text())
     assert published["calls"] == counted
-    assert published["kernels"] == [launch._asdict() for launch in launches.of_tiles(backend.machine("checker"))]
+    assert published["kernels"] == launches.kernels(backend.machine("checker"))
 
 
 def test_occupancy():
@@ -50,8 +50,11 @@ def test_occupancy():
 def test_as_many_blocks_are_resident_as_the_tables_say():
     """The splits of `heuristics` count on them."""
     rows = {(row.kernel, row.arch): row.resident_blocks for row in codegen.committed()}
-    names = {"small": "small_kernel<__nv_bfloat16, {0}", "wgmma": "linear_fwd_kernel<__nv_bfloat16, {0}>"}
-    for path, name in names.items():
-        for _, tokens, _, resident in heuristics._FORWARD[heuristics.CudaPath[path.upper()]]:
+    names = (
+        (heuristics._FORWARD, "SMALL", "small_kernel<__nv_bfloat16, {0}"), (heuristics._FORWARD, "WGMMA", "linear_fwd_kernel<__nv_bfloat16, {0}>"),
+        (heuristics._BACKWARD, "MMA", "dx_kernel<__nv_bfloat16, Plan<{0}>"),
+    )  # fmt: skip
+    for table, path, name in names:
+        for _, tokens, _, resident in table[heuristics.CudaPath[path]]:
             found = [n for (kernel, arch), n in rows.items() if arch == "sm_90a" and n and kernel.startswith(name.format(tokens))]
             assert found and min(found) >= resident, (path, tokens, found)

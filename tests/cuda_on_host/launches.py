@@ -8,8 +8,9 @@ import json
 import re
 import subprocess
 import sys
-from collections.abc import Iterator
-from functools import cache
+from collections.abc import Callable, Iterator
+from functools import cache, partial
+from itertools import product
 from pathlib import Path
 from typing import Any, NamedTuple
 from unittest import mock
@@ -20,7 +21,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from nf4lora import backends, heuristics
 from nf4lora.cases import random_case
+from nf4lora.codebook import BLOCKSIZES, QUANT_TYPES
 from nf4lora.heuristics import CudaLinearConfig, CudaPath
+from nf4lora.operands import FLOATS
 
 from . import backend, build
 
@@ -123,7 +126,10 @@ CALLS: dict[str, tuple[dict[str, Any], str, dict[str, Any]]] = {
 def of_calls(machine: backend.Machine) -> dict[str, dict[str, list[str]]]:
     """What is launched, by call and path, in order."""
     return {
-        call: {path: [launch.kernel for launch in _recorded(machine, path, Layer(M, **made), how, **kwargs)] for path, M in TOKENS.items()}
+        call: {
+            path: [launch.kernel for launch in _recorded(machine, path, partial(getattr(Layer(M, **made), how), **kwargs))]
+            for path, M in TOKENS.items()
+        }
         for call, (made, how, kwargs) in CALLS.items()
     }
 
@@ -136,45 +142,43 @@ def of_tiles(machine: backend.Machine) -> list[Launch]:
             for tokens, rows in tiles:
                 config = CudaLinearConfig(CudaPath[path.upper()], tokens, rows, 2)
                 with mock.patch.object(heuristics, f"cuda_{op}", lambda *args, config=config: config):
-                    layer, how = Layer(min(tokens, 64), N=128, dtype=dtype), "forward" if op == "linear_fwd" else "backward"
-                    found += _recorded(machine, path, layer, how)
+                    layer = Layer(min(tokens, 64), N=128, dtype=dtype)
+                    found += _recorded(machine, path, layer.forward if op == "linear_fwd" else layer.backward)
         for r in (1, 8, 16, 17, 32, 33, 64, 65, 128):
             for dropout in (False, True):
                 layer = Layer(65, r=r, dropout=dropout, N=128, dtype=dtype)
-                found += _recorded(machine, "dense", layer, "forward") + _recorded(machine, "dense", layer, "backward")
+                found += _recorded(machine, "dense", layer.forward) + _recorded(machine, "dense", layer.backward)
+    for dtype in FLOATS:
+        a = torch.randn(2, 4096).to(dtype)
+        found += _recorded(machine, None, partial(backends.run, "swiglu_fwd", a))
+        found += _recorded(machine, None, partial(backends.run, "swiglu_bwd", a, a[:, ::2].contiguous()))
+        for blocksize, quant_type, nested in product(BLOCKSIZES, QUANT_TYPES, (False, True)):
+            found += _recorded(machine, None, partial(_round_trip, a, blocksize, nested, quant_type))
     most: dict[str, Launch] = {}
     for launch in found:
         if launch.threads and launch.shared_bytes >= most.get(launch.kernel, launch).shared_bytes:
-            most[launch.kernel] = launch._replace(blocks=0)
+            most[launch.kernel] = launch
     return [most[kernel] for kernel in sorted(most)]
 
 
-def _recorded(machine: backend.Machine, path: str, layer: Layer, how: str, **kwargs: Any) -> list[Launch]:
+def _round_trip(a: Tensor, blocksize: int, nested: bool, quant_type: str) -> None:
+    packed, absmax = backends.run("quantize", a, blocksize, quant_type)
+    statistics = absmax, None, None
+    if nested:
+        codes, nested_absmax = backends.run("quantize_absmax", absmax, absmax.mean())
+        statistics = codes, nested_absmax, absmax.mean()
+    backends.run("dequantize", packed, *statistics, list(a.shape), blocksize, quant_type, a.dtype)
+
+
+def _recorded(machine: backend.Machine, path: str | None, call: Callable[[], Any]) -> list[Launch]:
     machine.enter()
     with (
         backends.use_backend(machine.backend, path),
         mock.patch.object(backend.Machine, "multiprocessors", lambda *args: MULTIPROCESSORS),
         Recorded(machine) as recorded,
     ):
-        getattr(layer, how)(**kwargs)
+        call()
     return recorded.launches + _read(machine)
-
-
-def document() -> dict[str, Any]:
-    """What bench/results/launches.json holds."""
-    machine = backend.machine("checker")  # the build that most tests use
-    return {"calls": of_calls(machine), "kernels": [launch._asdict() for launch in of_tiles(machine)]}
-
-
-def main() -> None:
-    text = json.dumps(document(), indent=1)
-    print(text)
-    if "--write" in sys.argv[1:]:
-        RESULTS.write_text(text + "\n")
-
-
-if __name__ == "__main__":
-    main()
 
 
 def _read(machine: backend.Machine) -> list[Launch]:
@@ -193,3 +197,25 @@ def _kernels(library: Path) -> dict[int, str]:
     symbols = [line.split() for line in listed.splitlines() if re.match(r"[0-9a-f]+ [tTwW] _Z", line)]
     names = subprocess.run(["c++filt"], input="\n".join(s[2] for s in symbols), capture_output=True, text=True, check=True)
     return {int(s[0], 16): plain(name) for s, name in zip(symbols, names.stdout.splitlines(), strict=True)}
+
+
+def kernels(machine: backend.Machine) -> list[dict[str, Any]]:
+    """`of_tiles` as the file has it."""
+    return [{"kernel": k.kernel, "threads": k.threads, "shared_bytes": k.shared_bytes} for k in of_tiles(machine)]
+
+
+def document() -> dict[str, Any]:
+    """What bench/results/launches.json holds."""
+    machine = backend.machine("checker")  # the build that most tests use
+    return {"calls": of_calls(machine), "kernels": kernels(machine)}
+
+
+def main() -> None:
+    text = json.dumps(document(), indent=1)
+    print(text)
+    if "--write" in sys.argv[1:]:
+        RESULTS.write_text(text + "\n")
+
+
+if __name__ == "__main__":
+    main()
