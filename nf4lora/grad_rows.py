@@ -19,7 +19,8 @@ def linear_grads(
     dx, dA, dB = dy.new_empty(0), dy.new_empty(0), dy.new_empty(0)
     if lora_A is not None:
         x, xa = unused if x is None else x, unused if xa is None else xa
-        dyb, dA, dB = backends.run("lora_bwd", dy, x, xa, lora_A, lora_B, seed, scaling, dropout_p, need_dA, need_dB)
+        dyb, *learned = backends.run("lora_bwd", dy, x, xa, lora_A, lora_B, seed, scaling, dropout_p, need_dA, need_dB)
+        dA, dB = learned[0] if need_dA else dA, learned[1] if need_dB else dB
     if need_dx:
         dx = backends.run(
             "linear_bwd", dy, packed, absmax, nested_absmax, offset, lora_A, dyb, seed, K, blocksize, quant_type, dropout_p
