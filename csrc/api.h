@@ -29,5 +29,7 @@ NF4LORA_API int64_t nf4lora_cuda_linear_bwd_workspace(const nf4lora::GroupBwdPar
 NF4LORA_API int64_t nf4lora_cuda_lora_bwd_workspace(const nf4lora::GroupLoraBwdParams *);
 // Why no kernel of the library can run on the current device: the driver is too old, or it has no code for the GPU. Null where they can.
 NF4LORA_API const char *nf4lora_cuda_why_not();
-// Which capture into a CUDA graph the stream takes part in; 0 for none.
-NF4LORA_API uint64_t nf4lora_cuda_capture(void *stream);
+// kCounters zeros in memory of the device, for the launches on a stream of it, which leave them zeros; null where none can
+// be had. Launches on one stream follow one another, so they share them. A capture into a CUDA graph has some of its own
+// for each of its streams, cleared at the start of a replay, as the graph may run on any stream. Kept for good.
+NF4LORA_API uint32_t *nf4lora_cuda_counters(int32_t device, void *stream);

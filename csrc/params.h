@@ -124,7 +124,7 @@ struct LoraBwdParams {
 // whose outputs stand side by side. A single linear is a group of one.
 
 constexpr int kMaxGroup = 3;
-constexpr int64_t kCounters = 1 << 18;
+constexpr int64_t kCounters = 1 << 14;
 
 // SMALL streams the codes once for up to 64 tokens a tile, MMA and WGMMA are tiled products with decoded fragments,
 // DENSE decodes the whole weight into memory of the caller, who multiplies.

@@ -59,7 +59,7 @@ class Member(Structure):
 
 
 MAX_GROUP = 3
-COUNTERS = 1 << 18  # kCounters
+COUNTERS = 1 << 14  # kCounters
 
 
 class GroupFwdParams(Structure):

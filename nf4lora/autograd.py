@@ -1,11 +1,13 @@
 """The differentiable linear, and groups of them: a `torch.autograd.Function` over the ops, for base product and LoRA together."""
 
 import math
+from collections.abc import Iterable
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 from torch.autograd.function import once_differentiable
 
 from . import backends, ops
@@ -87,6 +89,18 @@ class NF4LoRAFunction(torch.autograd.Function):
     _gradients_once = staticmethod(once_differentiable(_gradients))
 
 
+def _seen_anew(tensors: Iterable[Tensor | None]) -> list[Tensor | None]:
+    """For Dynamo, which takes what `torch.func.grad` differentiates by for a constant, but not a view of it; compilers drop the views."""
+    if forward_ad._current_level >= 0:
+        raise NotImplementedError("nf4lora has no forward-mode derivatives: found a call inside torch.func.jvp or forward_ad.dual_level")
+    return [t.view_as(t) if t is not None and t.is_floating_point() else t for t in tensors]
+
+
+def _watched(x: Tensor) -> bool:
+    """Whether a dispatch mode may keep an op's output, so that what is made of it has to be a view that tells of changes."""
+    return x.ndim != 2 and not torch.compiler.is_compiling() and torch._C._len_torch_dispatch_stack() > 0
+
+
 def linear(
     x: Tensor, packed: Tensor, absmax: Tensor, nested_absmax: Tensor | None, offset: Tensor | None,
     bias: Tensor | None, lora_A: Tensor | None, lora_B: Tensor | None, seed: Tensor | None,
@@ -94,7 +108,11 @@ def linear(
 ) -> Tensor:  # fmt: skip
     """x [..., K] -> y [..., N], in x's dtype; arguments as in `reference.linear_fwd`."""
     tensors, numbers = (packed, absmax, nested_absmax, offset, bias, lora_A, lora_B, seed), (N, blocksize, quant_type, scaling, dropout_p)
-    if torch.is_grad_enabled():
+    if _watched(x):
+        return linear(_matrix(x), *tensors, *numbers).reshape(*x.shape[:-1], N)
+    if torch.is_grad_enabled() or forward_ad._current_level >= 0:  # the Function refuses forward mode, an op would drop the tangent
+        if torch.compiler.is_compiling():
+            x, *tensors = _seen_anew((x, *tensors))
         return NF4LoRAFunction.apply(x, *tensors, numbers)
     return _like(ops.linear_fwd(_matrix(x), *tensors, *numbers)[0], x)
 
@@ -169,5 +187,10 @@ def _lists(flat: Any, sizes: tuple[int, ...]) -> list[list[Any]]:
 
 def linear_group(x: Tensor, lists: tuple[list[Tensor], ...], seed: Tensor | None, group: Group) -> Any:
     """x [..., K] -> a tuple of y [..., N_i], or with `swiglu` one h [..., N]; `lists` as `NF4LoRAGroupFunction` has them."""
-    sizes = tuple(map(len, lists))
-    return NF4LoRAGroupFunction.apply(x, seed, group, sizes, *(t for values in lists for t in values))
+    if _watched(x):
+        out = linear_group(_matrix(x), lists, seed, group)
+        return out.reshape(*x.shape[:-1], group.N[0]) if group.swiglu else tuple(y.reshape(*x.shape[:-1], y.shape[1]) for y in out)
+    sizes, tensors = tuple(map(len, lists)), [t for values in lists for t in values]
+    if torch.compiler.is_compiling():
+        x, *tensors = _seen_anew((x, *tensors))
+    return NF4LoRAGroupFunction.apply(x, seed, group, sizes, *tensors)

@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+_PRE_DISPATCH = torch._C.DispatchKey.PreDispatch  # of make_fx(pre_dispatch=True), which counts no mode
 _KNOWN: dict[int, bool] = {}  # key set -> whether a tensor that has it is plain
 _PLAIN = {"CPU", "CUDA", "ADInplaceOrView", "AutogradCPU", "AutogradCUDA", "AutocastCPU", "AutocastCUDA"}
 
@@ -17,8 +18,14 @@ class Op:
     def __init__(self, overload: Callable[..., Any], call: Callable[..., Any]) -> None:
         self.overload, self.call = overload, call
 
-    def __call__(self, *args: Any) -> Any:
-        return self.call(*args) if _eager() and _plain(args) else self.overload(*args)
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        if kwargs or not (_eager() and _plain(args)):
+            return self.overload(*args, **kwargs)
+        try:
+            return self.call(*args)
+        except (AttributeError, IndexError, TypeError):
+            self.overload(*args)  # whose schema names an argument of a wrong kind
+            raise
 
 
 def _eager() -> bool:
@@ -29,6 +36,9 @@ def _eager() -> bool:
         and torch._C._len_torch_dispatch_stack() == 0
         and torch._C._functorch.peek_interpreter_stack() is None
         and torch._C._get_tracing_state() is None
+        and not torch._C._autograd._profiler_enabled()
+        and torch._C._len_torch_function_stack() == 0
+        and not torch._C._dispatch_tls_is_dispatch_key_included(_PRE_DISPATCH)
     )
 
 
@@ -37,7 +47,8 @@ def _plain(args: Iterable[Any]) -> bool:
     for a in args:
         if isinstance(a, Tensor):
             keys = torch._C._dispatch_keys(a)
-            if type(a) not in (Tensor, torch.nn.Parameter) or not (_KNOWN.get(keys.raw_repr()) or _is_plain(keys)):
+            known = _KNOWN.get(keys.raw_repr())
+            if type(a) not in (Tensor, torch.nn.Parameter) or not (_is_plain(keys) if known is None else known):
                 return False
         elif type(a) in (list, tuple) and not _plain(a):
             return False

@@ -1,7 +1,7 @@
 """libnf4lora_cuda.so: the "cuda" rows of the back-end table. Every launch is on torch's current stream; nothing synchronizes."""
 
 from collections.abc import Callable
-from ctypes import Structure, byref, c_char_p, c_int64, c_uint64, c_void_p
+from ctypes import Structure, byref, c_char_p, c_int32, c_int64, c_void_p
 from functools import cache
 from typing import Any
 
@@ -21,17 +21,6 @@ class CudaLibrary(CudaGrads):
     ops = (*CUDA_FUNCTIONS, "group_fwd", "group_bwd", "group_lora_bwd", "linear_grads", "group_grads")
     stream = True
     remedy = "reinstall nf4lora where nvcc is on the PATH"
-
-    def __init__(self) -> None:
-        # (device, stream, whether in a capture) -> that capture, and its counters
-        self._counters: dict[tuple[int, int, bool], tuple[int, Tensor]] = {}
-
-    @cache
-    def _capture(self) -> Callable[[int], int]:
-        """Which capture into a CUDA graph a stream takes part in; 0 for none."""
-        function = self.load()[0].nf4lora_cuda_capture
-        function.argtypes, function.restype = [c_void_p], c_uint64
-        return function
 
     def why_not(self, *args: Any) -> str | None:
         reason = super().why_not(*args)
@@ -62,21 +51,16 @@ class CudaLibrary(CudaGrads):
             self._raise_if(name, message)
 
     def counters(self, device: torch.device) -> int:
-        """Address of `COUNTERS` zeros for the launches of torch's current stream, which leave them as zeros.
+        """Address of the zeros that launches on torch's current stream count in; csrc/api.h says whose they are."""
+        if found := self._counters_function()(device.index, torch._C._cuda_getCurrentRawStream(device.index)):
+            return found
+        raise RuntimeError(f"nf4lora {self.backend}: {4 * COUNTERS} bytes for counters are not to be had on {device}")
 
-        Launches on one stream follow one another, so they can share them. A capture has zeros of its own for each of its
-        streams, which its graph clears once a replay: it may run on any stream.
-        """
-        stream = torch._C._cuda_getCurrentRawStream(device.index)
-        capture = self._capture()(stream)
-        key = device.index, stream, capture > 0
-        found = self._counters.get(key)
-        if found is None or found[0] != capture:
-            made = capture, torch.zeros(COUNTERS, dtype=torch.int32, device=device)
-            if capture:
-                self._counters[key] = made
-            found = made if capture else self._counters.setdefault(key, made)  # of two threads, the first one's
-        return found[1].data_ptr()
+    @cache
+    def _counters_function(self) -> Callable[[int, int], int | None]:
+        function = self.load()[0].nf4lora_cuda_counters
+        function.argtypes, function.restype = [c_int32, c_void_p], c_void_p
+        return function
 
     def _quantize_config(self, a: Tensor, *args: Any) -> int:
         return heuristics.cuda_quantize(a.numel(), self.multiprocessors(a.device))

@@ -29,9 +29,9 @@ def _define(schema: str, fake: Callable[..., Any], check: Callable[..., None]) -
     name = schema[: schema.index("(")]
 
     def call(*args: Any) -> Any:
-        for i in tensors:
+        for i, argument in tensors:
             if args[i] is None:  # which torch takes for any Tensor of a schema
-                raise TypeError(f"{name}: found None for argument {i + 1}, wanted a tensor")
+                raise TypeError(f"{name}: {argument}: found None for argument {i + 1}, wanted a tensor")
         check(*args)
         device = backends.first_of(args).device.type
         if torch.is_autocast_enabled(device):
@@ -43,7 +43,8 @@ def _define(schema: str, fake: Callable[..., Any], check: Callable[..., None]) -
         check(*args)
         return fake(*args)
 
-    tensors = [i for i, argument in enumerate(torch._C.parse_schema(f"nf4lora::{schema}").arguments) if str(argument.type) == "Tensor"]
+    arguments = torch._C.parse_schema(f"nf4lora::{schema}").arguments
+    tensors = [(i, argument.name) for i, argument in enumerate(arguments) if str(argument.type) == "Tensor"]
     _library.define(schema, tags=(torch.Tag.pt2_compliant_tag, torch.Tag.needs_fixed_stride_order))
     for key in _KEYS.values():
         _library.impl(name, call, key)

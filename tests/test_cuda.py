@@ -5,7 +5,9 @@ import pytest
 import torch
 
 from nf4lora import backends, dequantize_4bit, linear_4bit, native_cuda, ops, quantize_4bit, reference, staging
+from nf4lora.abi import COUNTERS
 from nf4lora.cases import random_case
+from nf4lora.nn import NF4LoRALinear
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
 SHAPE = (1024, 4096)
@@ -183,10 +185,39 @@ def test_graphs_captured_on_one_stream_may_run_at_once(linear):
 
 
 def test_launches_leave_their_counters_at_zero(linear):
-    _, run = linear
+    x, run = linear
     for _ in range(3):
         run()
-    assert native_cuda.cuda._counters and not any(bool(t.any()) for _, t in native_cuda.cuda._counters.values())
+
+    class Counters:
+        __cuda_array_interface__ = {
+            "shape": (COUNTERS,), "typestr": "<i4", "data": (native_cuda.cuda.counters(x.device), True), "version": 3,
+        }  # fmt: skip
+
+    assert not torch.as_tensor(Counters(), device="cuda").any()
+
+
+def test_nothing_of_a_launch_stays_in_torchs_memory(linear):
+    """So that graphs of torch.compile, whose pools want every block back, take the ops."""
+    x, run = linear
+    run()
+    side = torch.cuda.Stream()
+    with torch.cuda.stream(side):
+        x.detach() @ x.detach().T  # cuBLAS keeps memory for each stream
+        before = torch.cuda.memory_allocated()
+        run()
+    side.synchronize()
+    assert torch.cuda.memory_allocated() == before
+
+
+def test_a_layer_compiles_into_graphs(gpu):
+    layer = NF4LoRALinear(1024, 512, bias=False, r=8, device="cuda", dtype=torch.bfloat16).to(torch.bfloat16)
+    call = torch.compile(layer, mode="reduce-overhead")
+    with torch.no_grad():
+        for i in range(5):
+            x = weight((8, 1024), seed=i)
+            torch.compiler.cudagraph_mark_step_begin()
+            assert equal([call(x).clone()], [layer(x)])
 
 
 def test_nothing_of_the_linear_synchronizes(linear):

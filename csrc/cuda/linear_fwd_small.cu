@@ -271,7 +271,8 @@ NF4LORA_DEVICE void prefetch_slice(const GroupFwdParams &p, uint32_t slice) {
 #pragma unroll 1
         for (int64_t rank = threadIdx.x / kLanes; rank < p.member[member].r; rank += kWarps) {
             const int64_t column = int64_t{slice} * kColumns + threadIdx.x % kLanes * (kColumns / kLanes);
-            prefetch_l2(address_of(p.member[member].lora_A, p.A_dtype, rank * p.K + column));
+            if (column < p.K)
+                prefetch_l2(address_of(p.member[member].lora_A, p.A_dtype, rank * p.K + column));
         }
 }
 
