@@ -210,16 +210,6 @@ def test_nothing_of_a_launch_stays_in_torchs_memory(linear):
     assert torch.cuda.memory_allocated() == before
 
 
-def test_a_layer_compiles_into_graphs(gpu):
-    layer = NF4LoRALinear(1024, 512, bias=False, r=8, device="cuda", dtype=torch.bfloat16).to(torch.bfloat16)
-    call = torch.compile(layer, mode="reduce-overhead")
-    with torch.no_grad():
-        for i in range(5):
-            x = weight((8, 1024), seed=i)
-            torch.compiler.cudagraph_mark_step_begin()
-            assert equal([call(x).clone()], [layer(x)])
-
-
 def test_nothing_of_the_linear_synchronizes(linear):
     _, run = linear
     run()
@@ -290,3 +280,13 @@ def test_a_host_tensor_never_lies_on_the_gpu_whole(monkeypatch, gpu):
     peak = torch.cuda.max_memory_allocated() - before
     assert peak <= packed.numel() + 4 * state.absmax.numel() + (8 << 20)  # of a tensor of 32 MiB; the allocator rounds up
     assert equal([packed, state.absmax], reference.quantize(a, 64, "nf4"))
+
+
+def test_a_layer_compiles_into_graphs():
+    layer = NF4LoRALinear(1024, 512, bias=False, r=8, device="cuda", dtype=torch.bfloat16).to(torch.bfloat16)
+    call = torch.compile(layer, mode="reduce-overhead")
+    with torch.no_grad(), backends.use_backend("cuda"):
+        for i in range(5):
+            x = weight((8, 1024), seed=i)
+            torch.compiler.cudagraph_mark_step_begin()
+            assert equal([call(x).clone()], [layer(x)])
