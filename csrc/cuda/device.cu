@@ -3,13 +3,33 @@
 
 #include <cuda_runtime_api.h>
 
-#include <map>
 #include <mutex>
-#include <tuple>
 
 namespace {
 
 __global__ void probe() {}
+
+// A list, as templates of the standard library would be exported. What was found last is in front.
+struct Counters {
+    int32_t device;
+    void *stream;
+    unsigned long long capture;  // 0: none
+    uint32_t *zeros;
+    Counters *next;
+};
+
+Counters *counters_of(int32_t device, void *stream, unsigned long long capture) {
+    static Counters *first = nullptr;
+    for (Counters **at = &first; *at; at = &(*at)->next) {
+        Counters *const found = *at;
+        if (found->device == device && found->stream == stream && found->capture == capture) {
+            *at = found->next;
+            found->next = first;
+            return first = found;
+        }
+    }
+    return first = new Counters{device, stream, capture, nullptr, first};
+}
 
 }  // namespace
 
@@ -25,7 +45,6 @@ const char *nf4lora_cuda_why_not() {
 // Not of torch's allocator, whose pools for graphs want every block back.
 uint32_t *nf4lora_cuda_counters(int32_t device, void *stream) {
     static std::mutex one;
-    static std::map<std::tuple<int32_t, void *, unsigned long long>, uint32_t *> made;
     const cudaStream_t on = static_cast<cudaStream_t>(stream);
     cudaStreamCaptureStatus status = cudaStreamCaptureStatusNone;
     unsigned long long capture = 0;
@@ -39,19 +58,19 @@ uint32_t *nf4lora_cuda_counters(int32_t device, void *stream) {
     if (status != cudaStreamCaptureStatusActive)
         capture = 0;
     const std::lock_guard<std::mutex> lock(one);
-    uint32_t *&counters = made[{device, stream, capture}];
-    if (!counters) {
+    uint32_t *&zeros = counters_of(device, stream, capture)->zeros;
+    if (!zeros) {
         constexpr size_t kBytes = nf4lora::kCounters * sizeof(uint32_t);
         void *p = nullptr;
         cudaStreamCaptureMode mode = cudaStreamCaptureModeRelaxed;  // an allocation would end this thread's and others' captures
         cudaThreadExchangeStreamCaptureMode(&mode);
         if (cudaMalloc(&p, kBytes) == cudaSuccess && cudaMemsetAsync(p, 0, kBytes, on) == cudaSuccess)
-            counters = static_cast<uint32_t *>(p);
+            zeros = static_cast<uint32_t *>(p);
         cudaThreadExchangeStreamCaptureMode(&mode);
-        if (!counters)
+        if (!zeros)
             cudaGetLastError();
     }
     if (current != device)
         cudaSetDevice(current);
-    return counters;
+    return zeros;
 }
