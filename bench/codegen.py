@@ -99,14 +99,14 @@ class KernelRow:
     spill_bytes: int  # that the kernel's text stores to or loads from local memory
     stack_bytes: int
     shared_bytes: int  # static, with the KiB that the system takes of a block from sm_80 on
-    dynamic_shared_bytes: int  # 0, as threads and resident_blocks, of a kernel that launches.json does not have
-    threads: int
-    resident_blocks: int  # that a multiprocessor holds at once
     instructions: int
     loop_instructions: int  # 0, as the next two, where no rule names a hot loop
     weights_per_iteration: int
     instructions_per_weight: float
     opcodes: dict[str, int]  # those of interest, in the hot loop or else in the kernel
+    dynamic_shared_bytes: int = 0  # as threads and resident_blocks, of a kernel that launches.json does not have
+    threads: int = 0
+    resident_blocks: int = 0  # that a multiprocessor holds at once
 
 
 # Warps, blocks and bytes of shared memory of a multiprocessor. Source: CUDA C++ Programming Guide, table of compute capabilities.
@@ -283,9 +283,9 @@ def rows_of(cubin_path: Path, compiler: str, rules: Sequence[Rule] = RULES) -> l
         threads, dynamic = launch["threads"], launch["shared_bytes"]
         resident = resident_blocks(arch, has.registers, threads, dynamic) if threads else 0
         rows.append(KernelRow(
-            named[kernel], arch, compiler, has.registers, sum(local), has.stack_bytes, has.shared_bytes, dynamic, threads,
-            resident, len(listing),
+            named[kernel], arch, compiler, has.registers, sum(local), has.stack_bytes, has.shared_bytes, len(listing),
             len(loop), weights, round(len(loop) / weights, 3) if weights else 0.0, dict(sorted(opcodes.items())),
+            dynamic, threads, resident,
         ))  # fmt: skip
     return sorted(rows, key=lambda row: (row.kernel, row.arch))
 
