@@ -15,7 +15,7 @@ from . import backends, ops
 
 def _not_constant(dy: Tensor, adapter_learns: bool) -> Tensor:
     """With a constant dy `once_differentiable` would take the gradients for constants, but they depend on A and B."""
-    return dy.detach().requires_grad_() if torch.is_grad_enabled() and adapter_learns else dy
+    return dy.detach().requires_grad_() if adapter_learns else dy
 
 
 def _forced() -> tuple[str | None, str | None] | None:

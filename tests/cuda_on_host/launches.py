@@ -52,7 +52,6 @@ class Launch(NamedTuple):
     """One launch. `shared_bytes`: dynamic shared memory of a block."""
 
     kernel: str
-    blocks: int
     threads: int
     shared_bytes: int
 
@@ -69,7 +68,7 @@ class Recorded(TorchDispatchMode):
         result = func(*args, **(kwargs or {}))
         self.launches += _read(self.machine)
         if func.namespace == "aten" and not _FREE.match(str(func)) and any(t.numel() for t in _tensors(result)):
-            self.launches.append(Launch(f"torch {func.overloadpacket.__name__}", 0, 0, 0))
+            self.launches.append(Launch(f"torch {func.overloadpacket.__name__}", 0, 0))
         return result
 
 
@@ -184,9 +183,8 @@ def _recorded(machine: backend.Machine, path: str | None, call: Callable[[], Any
 def _read(machine: backend.Machine) -> list[Launch]:
     found = []
     for line in machine.load()[0].cuda_on_host_launches().decode().splitlines():
-        kernel, *numbers = line.split()
-        x, y, z, threads, shared = map(int, numbers)
-        found.append(Launch(_kernels(machine.path())[int(kernel, 16)], x * y * z, threads, shared))
+        kernel, *_, threads, shared = line.split()
+        found.append(Launch(_kernels(machine.path())[int(kernel, 16)], int(threads), int(shared)))
     return found
 
 
@@ -201,7 +199,7 @@ def _kernels(library: Path) -> dict[int, str]:
 
 def kernels(machine: backend.Machine) -> list[dict[str, Any]]:
     """`of_tiles` as the file has it."""
-    return [{"kernel": k.kernel, "threads": k.threads, "shared_bytes": k.shared_bytes} for k in of_tiles(machine)]
+    return [launch._asdict() for launch in of_tiles(machine)]
 
 
 def document() -> dict[str, Any]:
