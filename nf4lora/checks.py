@@ -33,8 +33,7 @@ def linear_fwd(
     operands.matrix("x", x, None, None)
     K = x.shape[1]
     operands.weight(packed, absmax, nested_absmax, offset, N * K, blocksize, quant_type)
-    if packed.device != x.device:
-        operands.same_device(x, packed=packed)
+    operands.same_device(x, packed=packed)
     if bias is not None:
         operands.tensor("bias", bias, float_dtypes(), N, x)
     operands.lora(lora_A, lora_B, N, K, x)
@@ -73,8 +72,7 @@ def linear_grads(
 ) -> None:  # fmt: skip
     operands.matrix("dy", dy, None, None)
     operands.weight(packed, absmax, nested_absmax, offset, dy.shape[1] * K, blocksize, quant_type)
-    if packed.device != dy.device:
-        operands.same_device(dy, packed=packed)
+    operands.same_device(dy, packed=packed)
     operands.lora(lora_A, lora_B, dy.shape[1], K, dy)
     _saved(dy, x, xa, need_dA, need_dB, K, None if lora_A is None else lora_A.shape[0])
     operands.dropout(seed, dropout_p, dy)

@@ -77,8 +77,7 @@ def lora(lora_A: Tensor | None, lora_B: Tensor | None, N: int | None, K: int | N
     if lora_A is not None:
         matrix("lora_A", lora_A, None, K)
         matrix("lora_B", lora_B, N, lora_A.shape[0])
-        if lora_A.device != like.device or lora_B.device != like.device:
-            same_device(like, lora_A=lora_A, lora_B=lora_B)
+        same_device(like, lora_A=lora_A, lora_B=lora_B)
 
 
 def dropout(seed: Tensor | None, p: float, like: Tensor) -> None:
