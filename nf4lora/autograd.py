@@ -1,8 +1,8 @@
 """The differentiable linear, and groups of them: a `torch.autograd.Function` over the ops, for base product and LoRA together."""
 
-import math
 from collections.abc import Iterable
 from contextlib import AbstractContextManager, nullcontext
+from itertools import islice
 from typing import Any, NamedTuple
 
 import torch
@@ -11,6 +11,7 @@ from torch.autograd import forward_ad
 from torch.autograd.function import once_differentiable
 
 from . import backends, ops
+from .matrices import matrix
 
 
 def _not_constant(dy: Tensor, adapter_learns: bool) -> Tensor:
@@ -29,18 +30,8 @@ def _forced_again(ctx: Any) -> AbstractContextManager[None]:
     return backends.use_backend(*ctx.forced) if ctx.forced else nullcontext()
 
 
-def _matrix(t: Tensor) -> Tensor:
-    """[..., n] -> [rows, n]."""
-    return t if t.ndim == 2 else t.reshape(math.prod(t.shape[:-1]), t.shape[-1])
-
-
-def _like(y: Tensor, x: Tensor) -> Tensor:
-    """[rows, n] -> [..., n] as x has it; no view to autograd, so that it may be changed in place."""
-    return y if x.ndim == 2 else torch.ops.aten._unsafe_view.default(y, (*x.shape[:-1], y.shape[1]))
-
-
 def _sum_of_rows(dy: Tensor) -> Tensor:
-    return dy.sum(0, dtype=torch.promote_types(dy.dtype, torch.float32))
+    return matrix(dy).sum(0, dtype=torch.promote_types(dy.dtype, torch.float32))
 
 
 class NF4LoRAFunction(torch.autograd.Function):
@@ -52,14 +43,14 @@ class NF4LoRAFunction(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, x, packed, absmax, nested_absmax, offset, bias, lora_A, lora_B, seed, numbers) -> Tensor:
-        y, xa = ops.linear_fwd(_matrix(x), packed, absmax, nested_absmax, offset, bias, lora_A, lora_B, seed, *numbers)
+        y, xa = ops.linear_fwd(x, packed, absmax, nested_absmax, offset, bias, lora_A, lora_B, seed, *numbers)
         need = ctx.needs_input_grad
         ctx.save_for_backward(
             x if need[6] else None, xa if need[7] else None, packed, absmax, nested_absmax, offset, lora_A, lora_B, seed
         )
-        ctx.meta = x.shape, numbers[1:], None if bias is None else bias.dtype
+        ctx.meta = x.shape[-1], numbers[1:], None if bias is None else bias.dtype
         ctx.forced = _forced()
-        return _like(y, x)
+        return y
 
     @staticmethod
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
@@ -70,21 +61,18 @@ class NF4LoRAFunction(torch.autograd.Function):
     @staticmethod
     def _gradients(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
         x, xa, packed, absmax, nested_absmax, offset, lora_A, lora_B, seed = ctx.saved_tensors
-        shape, numbers, bias_dtype = ctx.meta
+        K, numbers, bias_dtype = ctx.meta
         need = ctx.needs_input_grad
         need_x, need_A, need_B = need[0], need[6], need[7]
         dx = dbias = dA = dB = None
-        dy = _matrix(dy)
         if need_x or need_A or need_B:
             with _forced_again(ctx):
                 dx, dA, dB = ops.linear_grads(
-                    dy, None if x is None else _matrix(x), xa, packed, absmax, nested_absmax, offset, lora_A, lora_B, seed,
-                    shape[-1], *numbers, need_x, need_A, need_B,
-                )  # fmt: skip
+                    dy, x, xa, packed, absmax, nested_absmax, offset, lora_A, lora_B, seed, K, *numbers, need_x, need_A, need_B
+                )
         if need[5]:
             dbias = _sum_of_rows(dy).to(bias_dtype)
-        dx = (dx if len(shape) == 2 else dx.view(shape)) if need_x else None
-        return dx, None, None, None, None, dbias, dA if need_A else None, dB if need_B else None, None, None
+        return dx if need_x else None, None, None, None, None, dbias, dA if need_A else None, dB if need_B else None, None, None
 
     _gradients_once = staticmethod(once_differentiable(_gradients))
 
@@ -96,11 +84,6 @@ def _seen_anew(tensors: Iterable[Tensor | None]) -> list[Tensor | None]:
     return [t.view_as(t) if t is not None and t.is_floating_point() else t for t in tensors]
 
 
-def _watched(x: Tensor) -> bool:
-    """Whether a dispatch mode may keep an op's output, so that what is made of it has to be a view that tells of changes."""
-    return x.ndim != 2 and not torch.compiler.is_compiling() and torch._C._len_torch_dispatch_stack() > 0
-
-
 def linear(
     x: Tensor, packed: Tensor, absmax: Tensor, nested_absmax: Tensor | None, offset: Tensor | None,
     bias: Tensor | None, lora_A: Tensor | None, lora_B: Tensor | None, seed: Tensor | None,
@@ -108,13 +91,11 @@ def linear(
 ) -> Tensor:  # fmt: skip
     """x [..., K] -> y [..., N], in x's dtype; arguments as in `reference.linear_fwd`."""
     tensors, numbers = (packed, absmax, nested_absmax, offset, bias, lora_A, lora_B, seed), (N, blocksize, quant_type, scaling, dropout_p)
-    if _watched(x):
-        return linear(_matrix(x), *tensors, *numbers).reshape(*x.shape[:-1], N)
     if torch.is_grad_enabled() or forward_ad._current_level >= 0:  # the Function refuses forward mode, an op would drop the tangent
         if torch.compiler.is_compiling():
             x, *tensors = _seen_anew((x, *tensors))
         return NF4LoRAFunction.apply(x, *tensors, numbers)
-    return _like(ops.linear_fwd(_matrix(x), *tensors, *numbers)[0], x)
+    return ops.linear_fwd(x, *tensors, *numbers)[0]
 
 
 class Group(NamedTuple):
@@ -139,15 +120,15 @@ class NF4LoRAGroupFunction(torch.autograd.Function):
     def forward(ctx: Any, x: Tensor, seed: Tensor | None, group: Group, sizes: tuple[int, ...], *tensors: Tensor) -> Any:
         packed, absmax, nested_absmax, offset, bias, lora_A, lora_B = _lists(tensors, sizes)
         y, xa = ops.group_fwd(
-            _matrix(x), packed, absmax, nested_absmax, offset, bias, lora_A, lora_B, seed,
+            x, packed, absmax, nested_absmax, offset, bias, lora_A, lora_B, seed,
             group.N, group.blocksize, group.quant_type, group.scaling, group.dropout_p,
         )  # fmt: skip
-        ctx.group, ctx.sizes, ctx.shape, ctx.forced = group, sizes, x.shape, _forced()
+        ctx.group, ctx.sizes, ctx.K, ctx.forced = group, sizes, x.shape[-1], _forced()
         need_A, need_B = (any(need) for need in _lists(ctx.needs_input_grad[4:], sizes)[5:])
         ctx.save_for_backward(x if need_A else None, xa if need_B else None, y if group.swiglu else None, seed, *tensors)
         if group.swiglu:
-            return _like(ops.swiglu_fwd(y), x)
-        return (y if x.ndim == 2 else y.view(*x.shape[:-1], y.shape[1])).split(group.N, -1)
+            return ops.swiglu_fwd(y)
+        return y.split(group.N, -1)
 
     @staticmethod
     def backward(ctx: Any, *dys: Tensor) -> tuple[Tensor | None, ...]:
@@ -163,33 +144,33 @@ class NF4LoRAGroupFunction(torch.autograd.Function):
         need_x, (*_, need_bias, need_A, need_B) = ctx.needs_input_grad[0], _lists(ctx.needs_input_grad[4:], ctx.sizes)
         group, dx, dA, dB, dbias = ctx.group, None, [], [], []
         with _forced_again(ctx):
-            dys = [ops.swiglu_bwd(gate_up, _matrix(dys[0]))] if group.swiglu else [_matrix(dy) for dy in dys]
+            dys = [ops.swiglu_bwd(gate_up, dys[0])] if group.swiglu else list(dys)
             if need_x or any(need_A) or any(need_B):
                 dx, dA, dB = ops.group_grads(
-                    dys, None if x is None else _matrix(x), xa, packed, absmax, nested_absmax, offset, lora_A, lora_B, seed,
-                    group.N, ctx.shape[-1], group.blocksize, group.quant_type, group.scaling, group.dropout_p,
+                    dys, x, xa, packed, absmax, nested_absmax, offset, lora_A, lora_B, seed,
+                    group.N, ctx.K, group.blocksize, group.quant_type, group.scaling, group.dropout_p,
                     need_x, any(need_A), any(need_B),
                 )  # fmt: skip
         if any(need_bias):
-            each = dys[0].split(group.N, 1) if group.swiglu else dys
+            each = dys[0].split(group.N, -1) if group.swiglu else dys
             dbias = [_sum_of_rows(dy).to(b.dtype) for dy, b in zip(each, bias, strict=True)]
         needed = zip((need_bias, need_A, need_B), (dbias, dA, dB), strict=True)
         learned = [t if n else None for need, found in needed for n, t in zip(need, found or [None] * len(need), strict=True)]
-        return dx.view(ctx.shape) if need_x else None, None, None, None, *[None] * sum(ctx.sizes[:4]), *learned
+        return dx if need_x else None, None, None, None, *[None] * sum(ctx.sizes[:4]), *learned
 
     _gradients_once = staticmethod(once_differentiable(_gradients))
 
 
-def _lists(flat: Any, sizes: tuple[int, ...]) -> list[list[Any]]:
-    ends = [sum(sizes[: i + 1]) for i in range(len(sizes))]
-    return [list(flat[end - size : end]) for size, end in zip(sizes, ends, strict=True)]
+def _lists(flat: Iterable[Any], sizes: tuple[int, ...]) -> list[list[Any]]:
+    rest = iter(flat)
+    return [list(islice(rest, size)) for size in sizes]
 
 
 def linear_group(x: Tensor, lists: tuple[list[Tensor], ...], seed: Tensor | None, group: Group) -> Any:
     """x [..., K] -> a tuple of y [..., N_i], or with `swiglu` one h [..., N]; `lists` as `NF4LoRAGroupFunction` has them."""
-    if _watched(x):
-        out = linear_group(_matrix(x), lists, seed, group)
-        return out.reshape(*x.shape[:-1], group.N[0]) if group.swiglu else tuple(y.reshape(*x.shape[:-1], y.shape[1]) for y in out)
+    if not torch.is_grad_enabled() and forward_ad._current_level < 0:
+        y, _ = ops.group_fwd(x, *lists, seed, group.N, group.blocksize, group.quant_type, group.scaling, group.dropout_p)
+        return ops.swiglu_fwd(y) if group.swiglu else torch.unsafe_split_with_sizes(y, group.N, -1)
     sizes, tensors = tuple(map(len, lists)), [t for values in lists for t in values]
     if torch.compiler.is_compiling():
         x, *tensors = _seen_anew((x, *tensors))

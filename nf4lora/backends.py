@@ -20,11 +20,14 @@ class Row:
     call:      takes the op's arguments, and `config` last where the row has a `configure`
     why_not:   the op's arguments -> why this back end cannot run them, or None; without arguments, anything at all
     configure: the op's arguments -> the config of `nf4lora.heuristics` to run with
+    prepare:   takes what `call` takes -> a call of arguments like these, or None where it cannot be repeated; autocast must
+               not reach into it
     """
 
     call: Callable[..., Any]
     why_not: Callable[..., str | None]
     configure: Callable[..., Any] | None
+    prepare: Callable[..., Callable[..., Any] | None] | None = None
 
 
 _ROWS: dict[tuple[str, str], Row] = {}
@@ -37,11 +40,12 @@ def implements(
     backend: str,
     why_not: Callable[..., str | None] = lambda *args: None,
     configure: Callable[..., Any] | None = None,
+    prepare: Callable[..., Callable[..., Any] | None] | None = None,
 ) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
     """Decorator: enter a function as `backend`'s row for `op`."""
 
     def enter(call: Callable[..., Any]) -> Callable[..., Any]:
-        _ROWS[op, backend] = Row(call, why_not, configure)
+        _ROWS[op, backend] = Row(call, why_not, configure, prepare)
         return call
 
     return enter
@@ -60,6 +64,11 @@ def has(op: str, backend: str) -> bool:
 def forced() -> str | None:
     """The back end named by the `use_backend` around this call, if any. Compiled code reads it when it runs."""
     return None if torch.compiler.is_compiling() else _forced.get()
+
+
+def chosen() -> tuple[str | None, str | None]:
+    """Back end and path named by the `use_backend` around this call; not for what is compiled."""
+    return _forced.get(), _forced_path.get()
 
 
 def forced_path() -> str | None:
@@ -97,6 +106,33 @@ def run(op: str, *args: Any) -> Any:
 
     Raises: NotImplementedError listing every back end and its reason.
     """
+    row, config = _chosen(op, args)
+    return row.call(*args, *config)
+
+
+def prepare(op: str, *args: Any) -> Callable[..., Any]:
+    """What `run` would call, for these arguments and others like them: all that was looked at to choose it must be the same.
+
+    Raises: NotImplementedError as `run`.
+    """
+    row, config = _chosen(op, args)
+    prepared = None if row.prepare is None else row.prepare(*args, *config)
+    if prepared is not None:
+        return prepared
+    device = first_of(args).device.type
+    return lambda *again: without_autocast(device, row.call, *again, *config)
+
+
+def without_autocast(device: str, call: Callable[..., Any], *args: Any) -> Any:
+    """The call where no enclosing autocast changes what it computes."""
+    if torch.is_autocast_enabled(device):
+        with torch.autocast(device, enabled=False):
+            return call(*args)
+    return call(*args)
+
+
+def _chosen(op: str, args: tuple[Any, ...]) -> tuple[Row, tuple[Any, ...]]:
+    """The row that runs, and its config if it takes one."""
     device = first_of(args).device.type
     chosen = _forced.get()
     reasons = []
@@ -104,7 +140,7 @@ def run(op: str, *args: Any) -> Any:
         row = _ROWS.get((op, backend))
         reason = "has no kernel for this op" if row is None else row.why_not(*args)
         if reason is None:
-            return row.call(*args) if row.configure is None else row.call(*args, row.configure(*args))
+            return row, () if row.configure is None else (row.configure(*args),)
         reasons.append(f"{backend}: {reason}")
     raise NotImplementedError(f"nf4lora::{op} on {device}: no back end can run it\n  " + "\n  ".join(reasons))
 

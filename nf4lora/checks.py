@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from . import operands
+from .matrices import rows
 from .operands import FLOATS, float_dtypes, format, raise_not_finite
 
 __all__ = ["FLOATS", "float_dtypes", "format", "raise_not_finite"]
@@ -30,8 +31,8 @@ def dequantize(packed, absmax, nested_absmax, offset, shape, blocksize, quant_ty
 def linear_fwd(
     x, packed, absmax, nested_absmax, offset, bias, lora_A, lora_B, seed, N, blocksize, quant_type, scaling, dropout_p
 ) -> None:  # fmt: skip
-    operands.matrix("x", x, None, None)
-    K = x.shape[1]
+    operands.rows("x", x, None)
+    K = x.shape[-1]
     operands.weight(packed, absmax, nested_absmax, offset, N * K, blocksize, quant_type)
     operands.same_device(x, packed=packed)
     if bias is not None:
@@ -70,28 +71,31 @@ def linear_grads(
     dy, x, xa, packed, absmax, nested_absmax, offset, lora_A, lora_B, seed, K, blocksize, quant_type, scaling, dropout_p,
     need_dx, need_dA, need_dB,
 ) -> None:  # fmt: skip
-    operands.matrix("dy", dy, None, None)
-    operands.weight(packed, absmax, nested_absmax, offset, dy.shape[1] * K, blocksize, quant_type)
+    operands.rows("dy", dy, None)
+    operands.weight(packed, absmax, nested_absmax, offset, dy.shape[-1] * K, blocksize, quant_type)
     operands.same_device(dy, packed=packed)
-    operands.lora(lora_A, lora_B, dy.shape[1], K, dy)
+    operands.lora(lora_A, lora_B, dy.shape[-1], K, dy)
     _saved(dy, x, xa, need_dA, need_dB, K, None if lora_A is None else lora_A.shape[0])
     operands.dropout(seed, dropout_p, dy)
 
 
 def _saved(dy: Tensor, x: Tensor | None, xa: Tensor | None, need_dA: bool, need_dB: bool, K: int, r: int | None) -> None:
     """What the forward left for the gradients of the adapters, where they are asked for; r: None without adapters."""
-    for name, t, needed, columns in (("x", x, need_dA, K), ("xa", xa, need_dB, r)):
+    for name, t, needed in (("x", x, need_dA), ("xa", xa, need_dB)):
         if needed and (t is None or r is None):
             raise ValueError(f"{name}: found {'None' if t is None else 'no adapter'}, wanted it for the adapters' gradients")
         if needed:
-            operands.matrix(name, t, dy.shape[0], columns, (dy.dtype,))
             operands.same_device(dy, **{name: t})
+    if need_dA:
+        operands.rows("x", x, K, dy.shape[:-1], (dy.dtype,))
+    if need_dB:
+        operands.matrix("xa", xa, rows(dy), r, (dy.dtype,))
 
 
 def group_fwd(
     x, packed, absmax, nested_absmax, offset, bias, lora_A, lora_B, seed, N, blocksize, quant_type, scaling, dropout_p
 ) -> None:  # fmt: skip
-    operands.matrix("x", x, None, None)
+    operands.rows("x", x, None)
     members = operands.group(
         N, packed=packed, absmax=absmax, nested_absmax=nested_absmax, offset=offset, bias=bias, lora_A=lora_A, lora_B=lora_B,
         scaling=scaling,
@@ -148,7 +152,7 @@ def group_grads(
         raise ValueError(f"dy: found {len(dys)}, wanted one for all members or one for each of the {len(N)}")
     columns = [sum(N)] if len(dys) == 1 else N
     for dy, n in zip(dys, columns, strict=True):
-        operands.matrix("dy", dy, dys[0].shape[0], n, (dys[0].dtype,) if dy is not dys[0] else None)
+        operands.rows("dy", dy, n, *((dys[0].shape[:-1], (dys[0].dtype,)) if dy is not dys[0] else ()))
         operands.same_device(dys[0], dy=dy)
     for n, m in zip(N, members, strict=True):
         operands.weight(m["packed"], m["absmax"], m["nested_absmax"], m["offset"], n * K, blocksize, quant_type)
@@ -159,12 +163,12 @@ def group_grads(
 
 
 def swiglu_fwd(gate_up: Tensor) -> None:
-    operands.matrix("gate_up", gate_up, None, None)
-    if gate_up.shape[1] % 2:
-        raise ValueError(f"gate_up: found {gate_up.shape[1]} columns, wanted an even number")
+    operands.rows("gate_up", gate_up, None)
+    if gate_up.shape[-1] % 2:
+        raise ValueError(f"gate_up: found {gate_up.shape[-1]} columns, wanted an even number")
 
 
 def swiglu_bwd(gate_up: Tensor, dh: Tensor) -> None:
     swiglu_fwd(gate_up)
-    operands.matrix("dh", dh, gate_up.shape[0], gate_up.shape[1] // 2, (gate_up.dtype,))
+    operands.rows("dh", dh, gate_up.shape[-1] // 2, gate_up.shape[:-1], (gate_up.dtype,))
     operands.same_device(gate_up, dh=dh)

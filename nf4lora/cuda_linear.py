@@ -1,46 +1,24 @@
 """The forward of the linear on CUDA: groups of linears that read one x in one launch, and the path that decodes the weight first."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from . import heuristics
-from .abi import MAX_GROUP, CudaConfig, Dropout, GroupFwdParams, Member, SwigluParams
-from .cuda_paths import WIDE, CudaPaths, as_list
+from .abi import Dropout, GroupFwdParams, SwigluParams
+from .cuda_launch import Launch, aligned, all_contiguous, config_of, members
+from .cuda_paths import CudaPaths, as_list
 from .heuristics import CudaLinearConfig, CudaPath
-from .native import _code, _contiguous
+from .matrices import matrix, rows
+from .native import _code
 
 
 class CudaLinear(CudaPaths):
     """The rows of the linear. A single linear is a group of one; lists hold an operand of each member, or nothing."""
 
-    def _workspace(self, name: str, params: Any, like: Tensor) -> Tensor | None:
-        """Scratch that the launch asks for; the caller keeps it alive until the launch is made."""
-        params.workspace, params.counters = None, self.counters(like.device)
-        if size := self.workspace_bytes(name, params):
-            scratch = self.empty(like, (size,), torch.uint8)
-            params.workspace = self.pointer(scratch)
-            return scratch
-        return None
-
-    def _members(self, packed, absmax, nested_absmax, offset, N, K, blocksize, quant_type, **others) -> Any:
-        """`others`: lists of `Member`'s other fields, tensors or numbers, empty where there are none."""
-        members = (Member * MAX_GROUP)()
-        for i, rows in enumerate(N):
-            if packed:
-                statistics = nested_absmax[i] if nested_absmax else None, offset[i] if offset else None
-                members[i].w = self._weight(packed[i], absmax[i], *statistics, rows, K, blocksize, quant_type)
-            else:
-                members[i].w.rows = rows
-            for field, values in others.items():
-                if values:
-                    value = values[i]
-                    setattr(members[i], field, self.pointer(value) if isinstance(value, Tensor) else value)
-        return members
-
-    # ---- a group of one
+    # ---- a linear and a group differ in that an operand of the one is a list in the other
 
     def linear_fwd(
         self, x, packed, absmax, nested_absmax, offset, bias, lora_A, lora_B, seed, N, blocksize, quant_type, scaling,
@@ -49,42 +27,23 @@ class CudaLinear(CudaPaths):
         lists = map(as_list, (packed, absmax, nested_absmax, offset, bias, lora_A, lora_B))
         return self.group_fwd(x, *lists, seed, [N], blocksize, quant_type, [scaling], dropout_p, config)
 
-    # ---- groups
-
     def group_fwd(
         self, x, packed, absmax, nested_absmax, offset, bias, lora_A, lora_B, seed, N, blocksize, quant_type, scaling,
         dropout_p, config: CudaLinearConfig,
     ) -> tuple[Tensor, Tensor]:  # fmt: skip
-        x, bias, lora_A, lora_B = aligned(x), all_contiguous(bias), all_contiguous(lora_A), all_contiguous(lora_B)
-        (M, K), ranks, total = x.shape, [A.shape[0] for A in lora_A] or [0] * len(N), sum(N)
-        dense, r = config.path == CudaPath.DENSE, sum(ranks)
-        extend = dense and r > 0 and heuristics.cuda_extend_fwd(total, K)
-        ld = -(-(K + r) // 8) * 8 if extend else K
-        xa = self.empty(x, (M, r), x.dtype)
-        y = None if dense else self.empty(x, (M, total), x.dtype)
-        x_ext = self.empty(x, (M, ld), x.dtype) if extend else None
-        decoded = self.empty(x, (total, ld), x.dtype) if dense else None
-        members = self._members(packed, absmax, nested_absmax, offset, N, K, blocksize, quant_type,
-                                bias=bias, lora_A=lora_A, lora_B=lora_B, r=ranks, scaling=scaling)  # fmt: skip
-        first = [_code(t[0] if t else None) for t in (bias, lora_A, lora_B)]
-        params = GroupFwdParams(members, *map(self.pointer, (x, y, xa, x_ext, decoded)), None, None, len(N), M, total, K, r, ld,
-                                _code(x), *first, Dropout(self.pointer(seed), dropout_p), config_of(config))  # fmt: skip
-        if M and total:
-            scratch = self._workspace("linear_fwd", params, x)  # noqa: F841
-            self.run("linear_fwd", params, x.device)
-        if not dense:
-            return y, xa
-        b = None if not bias else (bias[0] if len(bias) == 1 else torch.cat(bias)).to(x.dtype)
-        left, w = (x_ext if extend else x), decoded.T
-        y = left @ w if b is None else torch.addmm(b, left, w)
-        if r and not extend:
-            for rows, rank, B, s in zip(y.split(N, 1), xa.split(ranks, 1), lora_B, scaling, strict=True):
-                rows.addmm_(rank, B.to(x.dtype).T, alpha=s)
-        return y, xa
+        others = all_contiguous(bias), all_contiguous(lora_A), all_contiguous(lora_B)
+        args = x, packed, absmax, nested_absmax, offset, *others, seed
+        return Forward(self, *args, N, blocksize, quant_type, scaling, dropout_p, config)(*args)
+
+    def _linear_fwd_prepare(self, x: Tensor, *args: Any) -> Callable[..., tuple[Tensor, Tensor]] | None:
+        seed, N, blocksize, quant_type, scaling, dropout_p, config = args[7:]
+        return self._group_fwd_prepare(x, *map(as_list, args[:7]), seed, [N], blocksize, quant_type, [scaling], dropout_p, config)
+
+    def _group_fwd_prepare(self, x: Tensor, *args: Any) -> Callable[..., tuple[Tensor, Tensor]] | None:
+        return Forward(self, x, *args) if all(t.is_contiguous() for values in args[4:7] for t in values) else None
 
     def swiglu_fwd(self, gate_up: Tensor, workers: int) -> Tensor:
-        M, N = gate_up.shape[0], gate_up.shape[1] // 2
-        return self._swiglu("swiglu_fwd", gate_up.contiguous(), None, (M, N), workers)
+        return self._swiglu("swiglu_fwd", gate_up.contiguous(), None, (*gate_up.shape[:-1], gate_up.shape[-1] // 2), workers)
 
     def swiglu_bwd(self, gate_up: Tensor, dh: Tensor, workers: int) -> Tensor:
         return self._swiglu("swiglu_bwd", gate_up.contiguous(), dh.contiguous(), gate_up.shape, workers)
@@ -92,21 +51,64 @@ class CudaLinear(CudaPaths):
     def _swiglu(self, name: str, gate_up: Tensor, dh: Tensor | None, shape: Sequence[int], workers: int) -> Tensor:
         out = self.empty(gate_up, shape, gate_up.dtype)
         if out.numel():
-            M, N = gate_up.shape[0], gate_up.shape[1] // 2
-            params = SwigluParams(*map(self.pointer, (gate_up, dh, out)), M, N, _code(gate_up), workers)
+            sizes = rows(gate_up), gate_up.shape[-1] // 2
+            params = SwigluParams(*map(self.pointer, (gate_up, dh, out)), *sizes, _code(gate_up), workers)
             self.run(name, params, gate_up.device)
         return out
 
 
-def aligned(t: Tensor) -> Tensor:
-    """Contiguous, and where wide loads may begin: a row of a larger tensor may not."""
-    t = t.contiguous()
-    return t.clone() if t.data_ptr() % WIDE else t
+class Forward:
+    """The forward of operands like these, to be called with them and others like them: addresses of all but x and seed stay.
 
+    It holds no tensor. Operands as in `reference.group_fwd`, those with addresses that stay contiguous; may be called by
+    many threads at once.
+    """
 
-def all_contiguous(tensors: Sequence[Tensor]) -> list[Tensor]:
-    return [t.contiguous() for t in tensors]
+    def __init__(
+        self, library: CudaLinear, x, packed, absmax, nested_absmax, offset, bias, lora_A, lora_B, seed, N, blocksize, quant_type,
+        scaling, dropout_p, config: CudaLinearConfig,
+    ) -> None:  # fmt: skip
+        M, K, total, ranks = rows(x), x.shape[-1], sum(N), [A.shape[0] for A in lora_A] or [0] * len(N)
+        r, self.library, self.dense = sum(ranks), library, config.path == CudaPath.DENSE
+        extend = self.dense and r > 0 and heuristics.cuda_extend_fwd(total, K)
+        ld = -(-(K + r) // 8) * 8 if extend else K
+        self.y, self.xa = (*x.shape[:-1], total), (M, r)
+        self.x_ext, self.decoded = (M, ld) if extend else None, (total, ld)
+        self.parts = () if extend or not r else (list(N), ranks, list(scaling))
+        group = members(library, packed, absmax, nested_absmax, offset, N, K, blocksize, quant_type,
+                        bias=bias, lora_A=lora_A, lora_B=lora_B, r=ranks, scaling=scaling)  # fmt: skip
+        codes = [_code(t[0] if t else None) for t in ([x], bias, lora_A, lora_B)]
+        params = GroupFwdParams(group, *[None] * 7, len(N), M, total, K, r, ld, *codes, Dropout(None, dropout_p), config_of(config))
+        self.launch = Launch(library, "linear_fwd", params, bool(M and total))
 
+    def __call__(self, x, packed, absmax, nested_absmax, offset, bias, lora_A, lora_B, seed, *numbers) -> tuple[Tensor, Tensor]:
+        library, x, dtype = self.library, aligned(x), x.dtype
+        pointer, empty, params = library.pointer, library.empty, self.launch.params()
+        library.reads(packed, absmax, nested_absmax, offset, bias, lora_A, lora_B)
+        y, xa = empty(x, self.y, dtype), empty(x, self.xa, dtype)
+        params.x, params.xa = pointer(x), pointer(xa)
+        if seed is not None:
+            params.dropout.seed = pointer(seed)
+        if not self.dense:
+            params.y = pointer(y)
+            self.launch(params, x)
+            return y, xa
+        decoded, left = empty(x, self.decoded, dtype), matrix(x)
+        params.decoded = pointer(decoded)
+        if self.x_ext:
+            left = empty(x, self.x_ext, dtype)
+            params.x_ext = pointer(left)
+        self.launch(params, x)
+        self._product(matrix(y), left, decoded.T, as_list(bias), xa, as_list(lora_B))
+        return y, xa
 
-def config_of(config: CudaLinearConfig) -> CudaConfig:
-    return CudaConfig(config.path, config.tokens, config.rows, config.split)
+    def _product(self, y: Tensor, left: Tensor, w: Tensor, bias: list[Tensor], xa: Tensor, lora_B: list[Tensor]) -> None:
+        """Into y [M, N], as autocast changes no product that is told where to go."""
+        if bias:
+            torch.addmm((bias[0] if len(bias) == 1 else torch.cat(bias)).to(y.dtype), left, w, out=y)
+        else:
+            torch.mm(left, w, out=y)
+        if self.parts:
+            N, ranks, scaling = self.parts
+            for columns, rank, B, s in zip(y.split(N, 1), xa.split(ranks, 1), lora_B, scaling, strict=True):
+                columns.addmm_(rank, B.to(y.dtype).T, alpha=s)

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from . import backends, heuristics
 from .heuristics import CudaLinearConfig, CudaPath
+from .matrices import rows
 from .native import Library
 from .tuned import tuned
 
@@ -52,7 +53,7 @@ class CudaPaths(Library):
     def _choose(self, op: str, first: Tensor, N: int, K: int, packed: Sequence[Tensor]) -> CudaLinearConfig:
         """The config of the forced path; else the one measured for these sizes; else the one calculated."""
         calculated = getattr(heuristics, f"cuda_{op}")
-        M, capability, multiprocessors = first.shape[0], self.capability(first.device), self.multiprocessors(first.device)
+        M, capability, multiprocessors = rows(first), self.capability(first.device), self.multiprocessors(first.device)
         measured = tuned(op, capability, M, N, K)
         if (forced := backends.forced_path()) in _PATHS:
             path = _PATHS[forced]
@@ -78,12 +79,12 @@ class CudaPaths(Library):
     def _linear_fwd_why_not(self, *args: Any) -> str | None:
         if reason := self.why_not(*args):
             return reason
-        return self._unfit_lora(args[0], args[6]) or self._forced_unfit(args[0], args[0].shape[1], as_list(args[1])) if args else None
+        return self._unfit_lora(args[0], args[6]) or self._forced_unfit(args[0], args[0].shape[-1], as_list(args[1])) if args else None
 
     _group_fwd_why_not = _linear_fwd_why_not
 
     def _linear_fwd_config(self, x: Tensor, packed: Any, *args: Any) -> CudaLinearConfig:
-        K, N = x.shape[1], args[7]
+        K, N = x.shape[-1], args[7]
         return self._choose("linear_fwd", x, N if isinstance(N, int) else sum(N), K, as_list(packed))
 
     _group_fwd_config = _linear_fwd_config
@@ -124,13 +125,13 @@ class CudaPaths(Library):
     _group_grads_why_not = _linear_grads_why_not
 
     def _linear_grads_config(self, dy: Tensor, *args: Any) -> CudaGradsConfig:
-        return self._grads_config(dy, dy.shape[1], args[9], [args[2]])
+        return self._grads_config(dy, dy.shape[-1], args[9], [args[2]])
 
     def _group_grads_config(self, dy: Sequence[Tensor], *args: Any) -> CudaGradsConfig:
         return self._grads_config(dy[0], sum(args[9]), args[10], args[2])
 
     def _grads_config(self, first: Tensor, N: int, K: int, packed: Sequence[Tensor]) -> CudaGradsConfig:
-        split = heuristics.cuda_lora_bwd(first.shape[0], N, self.multiprocessors(first.device))
+        split = heuristics.cuda_lora_bwd(rows(first), N, self.multiprocessors(first.device))
         return CudaGradsConfig(self._choose("linear_bwd", first, N, K, packed), split)
 
     def _swiglu_fwd_config(self, gate_up: Tensor, *args: Any) -> int:

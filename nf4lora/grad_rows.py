@@ -8,23 +8,28 @@ import torch
 from torch import Tensor
 
 from . import backends
+from .matrices import matrix
 
 
 def linear_grads(
     dy, x, xa, packed, absmax, nested_absmax, offset, lora_A, lora_B, seed, K, blocksize, quant_type, scaling, dropout_p,
     need_dx, need_dA, need_dB,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
-    """dx of `reference.linear_bwd`, dA and dB of `reference.lora_bwd`; one that is not needed comes back empty."""
+    """dx of `reference.linear_bwd`, dA and dB of `reference.lora_bwd`; one that is not needed comes back empty.
+
+    dy [..., N], x and dx [..., K], xa [M, r] as in `reference.linear_fwd`.
+    """
+    leading, dy = dy.shape[:-1], matrix(dy)
     dyb, unused = None, dy.new_empty(0, 0)
     dx, dA, dB = dy.new_empty(0), dy.new_empty(0), dy.new_empty(0)
     if lora_A is not None:
-        x, xa = unused if x is None else x, unused if xa is None else xa
+        x, xa = unused if x is None else matrix(x), unused if xa is None else xa
         dyb, *learned = backends.run("lora_bwd", dy, x, xa, lora_A, lora_B, seed, scaling, dropout_p, need_dA, need_dB)
         dA, dB = learned[0] if need_dA else dA, learned[1] if need_dB else dB
     if need_dx:
         dx = backends.run(
             "linear_bwd", dy, packed, absmax, nested_absmax, offset, lora_A, dyb, seed, K, blocksize, quant_type, dropout_p
-        )
+        ).view(*leading, K)
     return dx, dA, dB
 
 
@@ -32,17 +37,17 @@ def group_grads(
     dy: Sequence[Tensor], x, xa, packed, absmax, nested_absmax, offset, lora_A, lora_B, seed, N, K, blocksize, quant_type,
     scaling, dropout_p, need_dx, need_dA, need_dB,
 ) -> tuple[Tensor, list[Tensor], list[Tensor]]:  # fmt: skip
-    """The same of a group, from `reference.group_bwd` and `group_lora_bwd`; dy [M, sum N] whole, or each member's [M, N_i]."""
-    dy = dy[0] if len(dy) == 1 else torch.cat(list(dy), 1)
+    """The same of a group, from `reference.group_bwd` and `group_lora_bwd`; dy [..., sum N] whole, or each member's [..., N_i]."""
+    leading, dy = dy[0].shape[:-1], matrix(dy[0]) if len(dy) == 1 else torch.cat([matrix(t) for t in dy], 1)
     dyb, unused = None, dy.new_empty(0, 0)
     dx, dA, dB = dy.new_empty(0), [], []
     if lora_A:
-        x, xa = unused if x is None else x, unused if xa is None else xa
+        x, xa = unused if x is None else matrix(x), unused if xa is None else xa
         dyb, dA, dB = backends.run("group_lora_bwd", dy, x, xa, lora_A, lora_B, seed, scaling, dropout_p, need_dA, need_dB)
     if need_dx:
         dx = backends.run(
             "group_bwd", dy, packed, absmax, nested_absmax, offset, lora_A, dyb, seed, N, K, blocksize, quant_type, dropout_p
-        )
+        ).view(*leading, K)
     return dx, dA, dB
 
 

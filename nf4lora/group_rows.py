@@ -47,7 +47,7 @@ class MemberByMember:
             )
             for i, n in enumerate(N)
         ]  # fmt: skip
-        return torch.cat([y for y, _ in each], 1), torch.cat([xa for _, xa in each], 1)
+        return torch.cat([y for y, _ in each], -1), torch.cat([xa for _, xa in each], 1)
 
     def group_bwd(
         self, dy, packed, absmax, nested_absmax, offset, lora_A, dyb, seed, N, K, blocksize, quant_type, dropout_p

@@ -18,6 +18,7 @@ from .abi import (
     QuantizeAbsmaxParams, QuantizeParams, Weight,
 )  # fmt: skip
 from .codebook import NESTED_BLOCKSIZE, QUANT_TYPES
+from .matrices import rows
 from .quant_state import ceil_div
 
 _DTYPE = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
@@ -27,11 +28,10 @@ class Library:
     """One library and its rows: `nf4lora_<prefix>_<op>` for each op it has.
 
     What differs between libraries, and what tests put their own memory behind, is `why_not`, `load`, `empty`,
-    `pointer`, `run` and the launch parameters.
+    `pointer`, `reads`, `run` and the launch parameters.
     """
 
-    backend = "cpu"
-    prefix = "cpu"
+    backend = prefix = "cpu"
     functions: dict[str, type[Structure]] = FUNCTIONS
     ops: tuple[str, ...] = tuple(FUNCTIONS)
     stream = False  # whether the functions take one
@@ -48,9 +48,8 @@ class Library:
         except OSError as error:
             return None, f"{path.name} does not load: {error}"
         for name, params in self.functions.items():
-            if not hasattr(loaded, f"nf4lora_{self.prefix}_{name}"):
+            if (function := getattr(loaded, f"nf4lora_{self.prefix}_{name}", None)) is None:
                 return None, f"{path.name} has no {name}, it is of another version: {self.remedy}"
-            function = getattr(loaded, f"nf4lora_{self.prefix}_{name}")
             function.argtypes, function.restype = [POINTER(params)] + [c_void_p] * self.stream, c_char_p
         return loaded, None
 
@@ -60,8 +59,8 @@ class Library:
     def enter(self) -> None:
         """Enter the rows of this library's ops."""
         for op in self.ops:
-            why_not = getattr(self, f"_{op}_why_not", self.why_not)
-            backends.implements(op, self.backend, why_not, getattr(self, f"_{op}_config", None))(getattr(self, op))
+            why_not, *others = (getattr(self, f"_{op}_{what}", None) for what in ("why_not", "config", "prepare"))
+            backends.implements(op, self.backend, why_not or self.why_not, *others)(getattr(self, op))
 
     def why_not(self, *args: Any) -> str | None:
         if args and (backends.first_of(args).dtype == torch.float64 or args[-1] is torch.float64):
@@ -75,6 +74,9 @@ class Library:
     def pointer(self, t: Tensor | None) -> int | None:
         """Address of an operand."""
         return None if t is None else t.data_ptr()
+
+    def reads(self, *operands: Any) -> None:
+        """Told what a launch reads by addresses that its params had before."""
 
     def run(self, name: str, params: Structure, device: torch.device) -> None:
         self._raise_if(name, getattr(self.load()[0], f"nf4lora_{self.prefix}_{name}")(byref(params)))
@@ -116,8 +118,8 @@ class Library:
         dropout_p, config: heuristics.LinearConfig,
     ) -> tuple[Tensor, Tensor]:  # fmt: skip
         x, bias, lora_A, lora_B = map(_contiguous, (x, bias, lora_A, lora_B))
-        (M, K), r = x.shape, 0 if lora_A is None else lora_A.shape[0]
-        y, xa = self.empty(x, (M, N), x.dtype), self.empty(x, (M, r), x.dtype)
+        M, K, r = rows(x), x.shape[-1], 0 if lora_A is None else lora_A.shape[0]
+        y, xa = self.empty(x, (*x.shape[:-1], N), x.dtype), self.empty(x, (M, r), x.dtype)
         weight = self._weight(packed, absmax, nested_absmax, offset, N, K, blocksize, quant_type)
         params = LinearFwdParams(weight, *map(self.pointer, (x, bias, lora_A, lora_B, y, xa)), M, r, scaling,
                                  *map(_code, (x, bias, lora_A, lora_B)), Dropout(self.pointer(seed), dropout_p),
@@ -157,12 +159,10 @@ class HostLibrary(Library):
     """libnf4lora_cpu.so. `isa()`: "avx512", "avx2" or "portable"; None without a library."""
 
     def isa(self) -> str | None:
-        loaded, _ = self.load()
-        if not loaded:
+        if not (loaded := self.load()[0]):
             return None
         loaded.nf4lora_cpu_isa.argtypes, loaded.nf4lora_cpu_isa.restype = [], c_char_p
-        name = loaded.nf4lora_cpu_isa()
-        return name.decode() if name else None
+        return (loaded.nf4lora_cpu_isa() or b"").decode() or None
 
     def why_not(self, *args: Any) -> str | None:
         reason = super().why_not(*args)
@@ -176,7 +176,7 @@ class HostLibrary(Library):
     _dequantize_config = _quantize_config
 
     def _linear_fwd_config(self, first: Tensor, *args: Any) -> heuristics.LinearConfig:
-        return heuristics.on_path(heuristics.cpu_linear_fwd(first.shape[0], torch.get_num_threads()), backends.forced_path())
+        return heuristics.on_path(heuristics.cpu_linear_fwd(rows(first), torch.get_num_threads()), backends.forced_path())
 
     def _linear_bwd_config(self, first: Tensor, *args: Any) -> heuristics.LinearConfig:
         return heuristics.on_path(heuristics.cpu_linear_bwd(first.shape[0], torch.get_num_threads()), backends.forced_path())

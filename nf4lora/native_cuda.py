@@ -41,7 +41,7 @@ class CudaLibrary(CudaGrads):
         return message.decode() if message else None
 
     def run(self, name: str, params: Structure, device: torch.device) -> None:
-        function, index = getattr(self.load()[0], f"nf4lora_cuda_{name}"), device.index
+        function, index = self._function(name), device.index
         if torch._C._cuda_getDevice() == index:
             message = function(byref(params), torch._C._cuda_getCurrentRawStream(index))
         else:
@@ -49,6 +49,10 @@ class CudaLibrary(CudaGrads):
                 message = function(byref(params), torch._C._cuda_getCurrentRawStream(index))
         if message:
             self._raise_if(name, message)
+
+    @cache
+    def _function(self, name: str) -> Callable[..., bytes | None]:
+        return getattr(self.load()[0], f"nf4lora_cuda_{name}")
 
     def counters(self, device: torch.device) -> int:
         """Address of the zeros that launches on torch's current stream count in; csrc/api.h says whose they are."""

@@ -51,6 +51,19 @@ def matrix(name: str, t: Tensor, rows: int | None, columns: int | None, dtypes: 
         raise ValueError(f"{name}: found shape {tuple(t.shape)}, wanted {wanted}")
 
 
+def rows(
+    name: str, t: Tensor, columns: int | None, leading: torch.Size | None = None, dtypes: tuple[torch.dtype, ...] | None = None
+) -> None:
+    """A matrix in any number of dimensions: [..., columns], the others as in `leading`."""
+    if t.dtype not in (dtypes or FLOATS):
+        dtype_in(name, t, dtypes or float_dtypes())
+    shape = t.shape
+    if not shape or (columns is not None and columns != shape[-1]) or (leading is not None and leading != shape[:-1]):
+        others = "..." if leading is None else str(tuple(leading))[1:-1].rstrip(",")
+        wanted = ", ".join(filter(None, (others, "any" if columns is None else str(columns))))
+        raise ValueError(f"{name}: found shape {tuple(shape)}, wanted [{wanted}]")
+
+
 def format(blocksize: int, quant_type: str) -> None:
     if type(blocksize) is not int or blocksize not in BLOCKSIZES:
         raise ValueError(f"blocksize: found {blocksize!r}, wanted one of {BLOCKSIZES}")

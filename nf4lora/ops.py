@@ -18,6 +18,7 @@ from . import triton_linear as triton_linear  # of "triton"
 from . import triton_rows as triton_rows
 from .codebook import NESTED_BLOCKSIZE
 from .eager import Op
+from .matrices import rows
 from .quant_state import ceil_div
 
 _library = torch.library.Library("nf4lora", "DEF")
@@ -25,19 +26,23 @@ _KEYS = {"cpu": "CPU", "cuda": "CUDA"}
 _WEIGHT = "Tensor packed, Tensor absmax, Tensor? nested_absmax, Tensor? offset"
 
 
-def _define(schema: str, fake: Callable[..., Any], check: Callable[..., None]) -> Op:
+def _define(schema: str, fake: Callable[..., Any], check: Callable[..., None], fresh: tuple[str, ...] = ()) -> Op:
+    """`fresh`: the arguments with new memory in each call of a layer. An op that has them remembers its calls."""
     name = schema[: schema.index("(")]
 
-    def call(*args: Any) -> Any:
+    def checked(*args: Any) -> None:
         for i, argument in tensors:
             if args[i] is None:  # which torch takes for any Tensor of a schema
                 raise TypeError(f"{name}: {argument}: found None for argument {i + 1}, wanted a tensor")
         check(*args)
-        device = backends.first_of(args).device.type
-        if torch.is_autocast_enabled(device):
-            with torch.autocast(device, enabled=False):
-                return backends.run(name, *args)
-        return backends.run(name, *args)
+
+    def call(*args: Any) -> Any:
+        checked(*args)
+        return backends.without_autocast(backends.first_of(args).device.type, backends.run, name, *args)
+
+    def prepare(*args: Any) -> Callable[..., Any]:
+        checked(*args)
+        return backends.prepare(name, *args)
 
     def checked_fake(*args: Any) -> Any:
         check(*args)
@@ -51,7 +56,8 @@ def _define(schema: str, fake: Callable[..., Any], check: Callable[..., None]) -
     torch.library.register_fake(f"nf4lora::{name}", checked_fake, lib=_library)
     if hasattr(reference, name):
         backends.implements(name, "reference")(getattr(reference, name))
-    return Op(getattr(torch.ops.nf4lora, name).default, call)
+    overload = getattr(torch.ops.nf4lora, name).default
+    return Op(overload, call, prepare, frozenset(i for i, argument in enumerate(arguments) if argument.name in fresh))
 
 
 quantize = _define(
@@ -79,10 +85,11 @@ linear_fwd = _define(
     f"linear_fwd(Tensor x, {_WEIGHT}, Tensor? bias, Tensor? lora_A, Tensor? lora_B, Tensor? seed, "
     "SymInt N, int blocksize, str quant_type, float scaling, float dropout_p) -> (Tensor, Tensor)",
     lambda x, packed, absmax, nested_absmax, offset, bias, lora_A, lora_B, seed, N, *rest: (
-        x.new_empty((x.shape[0], N)),
-        x.new_empty((x.shape[0], 0 if lora_A is None else lora_A.shape[0])),
+        x.new_empty((*x.shape[:-1], N)),
+        x.new_empty((rows(x), 0 if lora_A is None else lora_A.shape[0])),
     ),
     checks.linear_fwd,
+    ("x", "seed"),
 )
 linear_bwd = _define(
     f"linear_bwd(Tensor dy, {_WEIGHT}, Tensor? lora_A, Tensor? dyb, Tensor? seed, "
@@ -106,11 +113,12 @@ linear_grads = _define(
     "int blocksize, str quant_type, float scaling, float dropout_p, bool need_dx, bool need_dA, bool need_dB) "
     "-> (Tensor, Tensor, Tensor)",
     lambda dy, x, xa, packed, absmax, nested_absmax, offset, lora_A, lora_B, seed, K, *rest: (
-        dy.new_empty((dy.shape[0], K) if rest[-3] else 0),
+        dy.new_empty((*dy.shape[:-1], K) if rest[-3] else 0),
         torch.empty_like(lora_A) if rest[-2] else dy.new_empty(0),
         torch.empty_like(lora_B) if rest[-1] else dy.new_empty(0),
     ),
     checks.linear_grads,
+    ("dy", "x", "xa", "seed"),
 )
 
 # The same for linears that read one x: lists hold an operand of each member, or nothing where no member has it. Columns
@@ -121,10 +129,11 @@ group_fwd = _define(
     f"group_fwd(Tensor x, {_WEIGHTS}, Tensor[] bias, Tensor[] lora_A, Tensor[] lora_B, Tensor? seed, "
     "SymInt[] N, int blocksize, str quant_type, float[] scaling, float dropout_p) -> (Tensor, Tensor)",
     lambda x, packed, absmax, nested_absmax, offset, bias, lora_A, lora_B, seed, N, *rest: (
-        x.new_empty((x.shape[0], sum(N))),
-        x.new_empty((x.shape[0], sum(A.shape[0] for A in lora_A))),
+        x.new_empty((*x.shape[:-1], sum(N))),
+        x.new_empty((rows(x), sum(A.shape[0] for A in lora_A))),
     ),
     checks.group_fwd,
+    ("x", "seed"),
 )
 group_bwd = _define(
     f"group_bwd(Tensor dy, {_WEIGHTS}, Tensor[] lora_A, Tensor? dyb, Tensor? seed, "
@@ -147,19 +156,22 @@ group_grads = _define(
     "SymInt[] N, SymInt K, int blocksize, str quant_type, float[] scaling, float dropout_p, "
     "bool need_dx, bool need_dA, bool need_dB) -> (Tensor, Tensor[], Tensor[])",
     lambda dy, x, xa, packed, absmax, nested_absmax, offset, lora_A, lora_B, seed, N, K, *rest: (
-        dy[0].new_empty((dy[0].shape[0], K) if rest[-3] else 0),
+        dy[0].new_empty((*dy[0].shape[:-1], K) if rest[-3] else 0),
         [torch.empty_like(A) for A in lora_A] if rest[-2] else [],
         [torch.empty_like(B) for B in lora_B] if rest[-1] else [],
     ),
     checks.group_grads,
+    ("dy", "x", "xa", "seed"),
 )
 swiglu_fwd = _define(
     "swiglu_fwd(Tensor gate_up) -> Tensor",
-    lambda gate_up: gate_up.new_empty((gate_up.shape[0], gate_up.shape[1] // 2)),
+    lambda gate_up: gate_up.new_empty((*gate_up.shape[:-1], gate_up.shape[-1] // 2)),
     checks.swiglu_fwd,
+    ("gate_up",),
 )
 swiglu_bwd = _define(
     "swiglu_bwd(Tensor gate_up, Tensor dh) -> Tensor",
     lambda gate_up, dh: gate_up.new_empty(gate_up.shape),
     checks.swiglu_bwd,
+    ("gate_up", "dh"),
 )

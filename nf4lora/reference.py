@@ -15,6 +15,7 @@ from torch import Tensor
 
 from .codebook import MIN_ABSMAX, NESTED_BLOCKSIZE, boundaries, code_order, codebook, dynamic_boundaries
 from .dropout import dropout, work_dtype
+from .matrices import like, matrix
 
 
 def quantize(a: Tensor, blocksize: int, quant_type: str) -> tuple[Tensor, Tensor]:
@@ -65,12 +66,14 @@ def linear_fwd(
     bias: Tensor | None, lora_A: Tensor | None, lora_B: Tensor | None, seed: Tensor | None,
     N: int, blocksize: int, quant_type: str, scaling: float, dropout_p: float,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
-    """x [M, K] -> y [M, N] = x W^T + bias + scaling * xa lora_B^T, and xa [M, r] = dropout(x) lora_A^T; both in x's dtype.
+    """x [..., K] -> y [..., N] = x W^T + bias + scaling * xa lora_B^T, and xa [M, r] = dropout(x) lora_A^T; both in x's dtype.
 
+    M: the product of the leading dimensions of x, whose rows are those of xa.
     bias [N]; lora_A [r, K], lora_B [N, r], each of any float dtype; seed int64 [1] turns dropout on.
     Rounding: xa once to x's dtype, and it is the rounded xa that goes on; y once, at the end.
     """
     work = work_dtype(x)
+    x, given = matrix(x), x
     w = dequantize(packed, absmax, nested_absmax, offset, [N, x.shape[1]], blocksize, quant_type, work)
     y = x.to(work) @ w.T
     xa = x.new_zeros(x.shape[0], 0)
@@ -79,7 +82,7 @@ def linear_fwd(
         y = y + scaling * (xa.to(work) @ lora_B.to(work).T)
     if bias is not None:
         y = y + bias.to(work)
-    return y.to(x.dtype), xa
+    return like(y.to(x.dtype), given), xa
 
 
 def linear_bwd(
@@ -119,7 +122,7 @@ def group_fwd(
     bias: list[Tensor], lora_A: list[Tensor], lora_B: list[Tensor], seed: Tensor | None,
     N: list[int], blocksize: int, quant_type: str, scaling: list[float], dropout_p: float,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
-    """`linear_fwd` of each member on one x: y [M, sum N], xa [M, sum r], columns side by side; one mask for them all."""
+    """`linear_fwd` of each member on one x: y [..., sum N], xa [M, sum r], columns side by side; one mask for them all."""
     each = [
         linear_fwd(
             x, packed[i], absmax[i], *_pair(nested_absmax, offset, i), _at(bias, i), *_pair(lora_A, lora_B, i), seed,
@@ -127,7 +130,7 @@ def group_fwd(
         )
         for i, n in enumerate(N)
     ]  # fmt: skip
-    return torch.cat([y for y, _ in each], 1), torch.cat([xa for _, xa in each], 1)
+    return torch.cat([y for y, _ in each], -1), torch.cat([xa for _, xa in each], 1)
 
 
 def group_bwd(
@@ -162,20 +165,20 @@ def group_lora_bwd(
 
 
 def swiglu_fwd(gate_up: Tensor) -> Tensor:
-    """gate_up [M, 2 N], the gate's columns first -> h [M, N] = gate * sigmoid(gate) * up, rounded once.
+    """gate_up [..., 2 N], the gate's columns first -> h [..., N] = gate * sigmoid(gate) * up, rounded once.
 
     Source: SwiGLU, arXiv:2002.05202; as the MLP of Llama, Qwen and Mistral computes it, which also rounds silu(gate).
     """
-    gate, up = gate_up.to(work_dtype(gate_up)).chunk(2, 1)
+    gate, up = gate_up.to(work_dtype(gate_up)).chunk(2, -1)
     return (gate * torch.sigmoid(gate) * up).to(gate_up.dtype)
 
 
 def swiglu_bwd(gate_up: Tensor, dh: Tensor) -> Tensor:
-    """dh [M, N] -> the gradient of gate_up [M, 2 N], in its dtype, each rounded once."""
-    gate, up = gate_up.to(work_dtype(gate_up)).chunk(2, 1)
+    """dh [..., N] -> the gradient of gate_up [..., 2 N], in its dtype, each rounded once."""
+    gate, up = gate_up.to(work_dtype(gate_up)).chunk(2, -1)
     dh, sigmoid = dh.to(gate.dtype), torch.sigmoid(gate)
     dgate = dh * up * sigmoid * (1 + gate * (1 - sigmoid))
-    return torch.cat((dgate, dh * gate * sigmoid), 1).to(gate_up.dtype)
+    return torch.cat((dgate, dh * gate * sigmoid), -1).to(gate_up.dtype)
 
 
 def _scaled_blocks(flat: Tensor, blocksize: int) -> tuple[Tensor, Tensor]:

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from . import backends, triton_rows, triton_tiles
+from .matrices import like, matrix, rows
 from .triton_tiles import TritonLinearConfig, TritonLoraConfig, TritonPath
 
 _PATHS = {p.name.lower(): p for p in TritonPath}
@@ -46,7 +47,7 @@ def _no_tensor_cores(first: Tensor) -> str | None:
 def _path(first: Tensor) -> TritonPath:
     if (forced := backends.forced_path()) in _PATHS:
         return _PATHS[forced]
-    return triton_tiles.path(first.shape[0]) if _no_tensor_cores(first) is None else TritonPath.DENSE
+    return triton_tiles.path(rows(first)) if _no_tensor_cores(first) is None else TritonPath.DENSE
 
 
 def _multiprocessors(device: torch.device) -> int:
@@ -66,7 +67,7 @@ def _span(packed: Any, K: int, blocksize: int) -> int:
 
 
 def _fwd_config(x: Tensor, packed: Any, *args: Any) -> TritonLinearConfig:
-    (M, K), A, N, blocksize, processors = x.shape, _list(args[4]), max(_list(args[7])), args[8], _multiprocessors(x.device)
+    M, K, A, N, blocksize, processors = rows(x), x.shape[-1], _list(args[4]), max(_list(args[7])), args[8], _multiprocessors(x.device)
     path, xa = _path(x), None
     if A and _no_tensor_cores(x) is None:
         xa = triton_tiles.xa(M, K, sum(a.shape[0] for a in A), processors)
@@ -98,8 +99,9 @@ def _lora_bwd_config(dy: Tensor, x: Tensor, xa: Tensor, lora_A: Any, *args: Any)
 
 
 @backends.implements("linear_fwd", "triton", why_not, _fwd_config)
-def linear_fwd(*args: Any) -> tuple[Tensor, Tensor]:
-    return kernels()[0].linear_fwd(*args)
+def linear_fwd(x: Tensor, *args: Any) -> tuple[Tensor, Tensor]:
+    y, xa = kernels()[0].linear_fwd(matrix(x), *args)
+    return like(y, x), xa
 
 
 @backends.implements("linear_bwd", "triton", why_not, _linear_bwd_config)
@@ -113,8 +115,9 @@ def lora_bwd(*args: Any) -> tuple[Tensor, Tensor, Tensor]:
 
 
 @backends.implements("group_fwd", "triton", why_not, _fwd_config)
-def group_fwd(*args: Any) -> tuple[Tensor, Tensor]:
-    return kernels()[0].group_fwd(*args)
+def group_fwd(x: Tensor, *args: Any) -> tuple[Tensor, Tensor]:
+    y, xa = kernels()[0].group_fwd(matrix(x), *args)
+    return like(y, x), xa
 
 
 @backends.implements("group_bwd", "triton", why_not, _group_bwd_config)

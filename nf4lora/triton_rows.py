@@ -10,6 +10,7 @@ from torch import Tensor
 
 from . import triton_tiles
 from .backends import implements
+from .matrices import like, matrix
 
 OLDEST_TRITON = (3, 6)
 OLDEST_CAPABILITY = (7, 5)
@@ -84,10 +85,10 @@ def _swiglu_config(gate_up: Tensor, *args: Any) -> triton_tiles.TritonConfig:
 
 
 @implements("swiglu_fwd", "triton", why_not, _swiglu_config)
-def swiglu_fwd(*args: Any) -> Tensor:
-    return kernels()[0][2].swiglu_fwd(*args)
+def swiglu_fwd(gate_up: Tensor, *args: Any) -> Tensor:
+    return like(kernels()[0][2].swiglu_fwd(matrix(gate_up), *args), gate_up)
 
 
 @implements("swiglu_bwd", "triton", why_not, _swiglu_config)
-def swiglu_bwd(*args: Any) -> Tensor:
-    return kernels()[0][2].swiglu_bwd(*args)
+def swiglu_bwd(gate_up: Tensor, dh: Tensor, *args: Any) -> Tensor:
+    return like(kernels()[0][2].swiglu_bwd(matrix(gate_up), matrix(dh), *args), gate_up)

@@ -14,6 +14,8 @@ import torch  # noqa: E402
 
 from under_test import GPU, KERNELS, force  # noqa: E402
 
+from nf4lora import ops  # noqa: E402
+
 if not GPU:
     # Before any Triton kernel is imported. What needs compiled kernels runs in processes without it.
     os.environ["TRITON_INTERPRET"] = "1"
@@ -39,6 +41,31 @@ def pytest_terminal_summary(terminalreporter, config):
         terminalreporter.section("figures")
         for sentence in sorted(counted):
             terminalreporter.line(f"{sentence}: {counted[sentence]:,}")
+
+
+class Forgetful(pytest.MonkeyPatch):
+    """Ops prepare their calls, from code and tables as they were: what is changed here is seen by the next call."""
+
+    def setattr(self, *args, **kwargs):
+        super().setattr(*args, **kwargs)
+        self.forget()
+
+    def undo(self):
+        super().undo()
+        self.forget()
+
+    @staticmethod
+    def forget():
+        for op in vars(ops).values():
+            if isinstance(op, ops.Op):
+                op.prepared.clear()
+
+
+@pytest.fixture
+def monkeypatch():
+    patch = Forgetful()
+    yield patch
+    patch.undo()
 
 
 @pytest.fixture(params=("cpu", "reference"))

@@ -17,11 +17,12 @@ CODE = ("*.py", "*.cpp", "*.h", "*.cu", "*.cuh", "*.csv", "*.toml", "*.sh")
 
 # Imports run down only: a module may import those of lower floors, and neighbours named beside it.
 FLOORS = (
-    {"codebook", "heuristics", "quant_keys", "abi", "dropout"},
+    {"codebook", "heuristics", "quant_keys", "abi", "dropout", "matrices"},
     {"quant_state", "reference", "backends", "triton_tiles", "tuned"},
     {"native", "operands", "triton_kernels", "group_rows", "grad_rows", "eager"},
     {"cuda_paths", "checks"},
-    {"cuda_linear"},
+    {"cuda_launch"},
+    {"cuda_linear", "cuda_backward"},
     {"cuda_grads"},
     {"native_cuda", "triton_rows"},
     {"triton_linear"},

@@ -13,6 +13,7 @@ from under_test import force
 from nf4lora import backends, heuristics, ops, quantize_4bit, reference
 from nf4lora.abi import CudaConfig, GroupBwdParams
 from nf4lora.codebook import BLOCKSIZES, QUANT_TYPES
+from nf4lora.cuda_launch import members
 from nf4lora.native import _code
 from nf4lora.testing import assert_exact, check_error_ratio, check_exact, exact_case, random_case
 
@@ -74,9 +75,9 @@ class Group:
         """What linear_bwd leaves for a product with dy | dyb | zeros."""
         machine, total = backend.machine(os.environ.get("CUDA_ON_HOST", "checker")), sum(self.N)
         decoded = machine.empty(self.weight, (-(-(total + self.r) // 8) * 8, self.K), self.dtype)
-        members = machine._members(self.packed, self.absmax, *self.nested, self.N, self.K, *self.format,
-                                   lora_A=self.A, r=[A.shape[0] for A in self.A])  # fmt: skip
-        params = GroupBwdParams(members, decoded=machine.pointer(decoded), count=len(self.N), M=2, N=total, K=self.K, r=self.r,
+        each = members(machine, self.packed, self.absmax, *self.nested, self.N, self.K, *self.format,
+                       lora_A=self.A, r=[A.shape[0] for A in self.A])  # fmt: skip
+        params = GroupBwdParams(each, decoded=machine.pointer(decoded), count=len(self.N), M=2, N=total, K=self.K, r=self.r,
                                 ld=len(decoded), dy_dtype=_code(decoded), A_dtype=_code(self.A[0]),
                                 config=CudaConfig(heuristics.CudaPath.DENSE, split=3))  # fmt: skip
         machine.run("linear_bwd", params, decoded.device)

@@ -13,6 +13,7 @@ from under_test import force
 
 from nf4lora import reference
 from nf4lora.abi import Dropout, GroupBwdParams, GroupLoraBwdParams
+from nf4lora.cuda_launch import Launch, members
 from nf4lora.native import _code
 from nf4lora.testing import assert_exact
 
@@ -76,19 +77,18 @@ class Case:
         }  # fmt: skip
         dAs = [machine.empty(A, A.shape, A.dtype) for A in self.A] if dA else []
         dBs = [machine.empty(B, B.shape, B.dtype) for B in self.B] if dB else []
-        members = machine._members([], [], [], [], N, self.K, 0, "nf4", lora_A=self.A if dx else [], lora_B=self.B, dA=dAs, dB=dBs,
-                                   r=self.ranks, scaling=self.scaling)  # fmt: skip
+        each = members(machine, [], [], [], [], N, self.K, 0, "nf4", lora_A=self.A if dx else [], lora_B=self.B, dA=dAs, dB=dBs,
+                       r=self.ranks, scaling=self.scaling)  # fmt: skip
         for whole in wholes:
             machine.pointer(whole)
-        for member, rows, dy in zip(members, N, slices, strict=False):
+        for member, rows, dy in zip(each, N, slices, strict=False):
             member.w.rows, member.dy, member.ld_dy = rows, dy.data_ptr(), dy.stride(0)
         params = GroupLoraBwdParams(
-            members, *map(machine.pointer, (self.x if dA else None, self.xa if dB else None, out["dyb"], out["dy_ext"], out["dx"])),
+            each, *map(machine.pointer, (self.x if dA else None, self.xa if dB else None, out["dyb"], out["dy_ext"], out["dx"])),
             None, None, len(N), M, total, self.K, self.r, ld, _code(self.x), _code(self.A[0]), _code(self.B[0]), split,
             Dropout(machine.pointer(self.seed), self.p),
         )  # fmt: skip
-        scratch = machine._workspace("lora_bwd", params, like)  # noqa: F841
-        machine.run("lora_bwd", params, like.device)
+        Launch(machine, "lora_bwd", params, True)(params, like)
         return out["dyb"], dAs, dBs, out["dy_ext"], out["dx"]
 
     def dx_alone(self, machine, dyb):
@@ -97,12 +97,11 @@ class Case:
         decoded = machine.empty(dyb, (sum(self.N), self.K), dyb.dtype)
         packed = [torch.zeros(-(-n * self.K // 2), dtype=torch.uint8) for n in self.N]
         absmax = [torch.ones(-(-n * self.K // 64)) for n in self.N]
-        members = machine._members(packed, absmax, [], [], self.N, self.K, 64, "nf4", lora_A=self.A, r=self.ranks)
-        params = GroupBwdParams(members, *map(machine.pointer, (None, dyb, dx, decoded)), None, None, len(self.N), self.M, sum(self.N),
+        each = members(machine, packed, absmax, [], [], self.N, self.K, 64, "nf4", lora_A=self.A, r=self.ranks)
+        params = GroupBwdParams(each, *map(machine.pointer, (None, dyb, dx, decoded)), None, None, len(self.N), self.M, sum(self.N),
                                 self.K, self.r, sum(self.N), _code(dyb), _code(self.A[0]), Dropout(machine.pointer(self.seed), self.p))  # fmt: skip
         params.config.path, params.config.split = 3, 2
-        scratch = machine._workspace("linear_bwd", params, dyb)  # noqa: F841
-        machine.run("linear_bwd", params, dyb.device)
+        Launch(machine, "linear_bwd", params, True)(params, dyb)
         return dx
 
     def check(self, machine, split=1, ext=None, dx=False, dA=True, dB=True):

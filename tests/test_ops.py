@@ -26,6 +26,7 @@ def samples(name):
                 state, seed = case.state, case.seed if p else None
                 weight = case.packed, state.absmax, state.nested_absmax, state.offset
                 xa, dyb = torch.randn(4, r).to(dtype), torch.randn(4, r).to(dtype) if r else None
+                x, dy = (t.reshape(2, 2, -1) if nested else t for t in (case.x, case.dy))
                 if name == "quantize":
                     yield case.x, 64, "nf4"
                 elif name == "quantize_absmax":
@@ -33,20 +34,20 @@ def samples(name):
                 elif name == "dequantize":
                     yield *weight, [12, 33], 64, "nf4", dtype
                 elif name == "linear_fwd":
-                    yield case.x, *weight, case.bias, case.lora_A, case.lora_B, seed, 12, 64, "nf4", 2.0, p
+                    yield x, *weight, case.bias, case.lora_A, case.lora_B, seed, 12, 64, "nf4", 2.0, p
                 elif name == "linear_bwd":
                     yield case.dy, *weight, case.lora_A, dyb, seed, 33, 64, "nf4", p
                 elif name == "lora_bwd" and r:
                     yield case.dy, case.x, xa, case.lora_A, case.lora_B, seed, 2.0, p, True, not nested
                 elif name == "linear_grads":
                     need = (True, bool(r), bool(r) and not nested)
-                    yield case.dy, case.x, xa, *weight, case.lora_A, case.lora_B, seed, 33, 64, "nf4", 2.0, p, *need
+                    yield dy, x, xa, *weight, case.lora_A, case.lora_B, seed, 33, 64, "nf4", 2.0, p, *need
                 elif name.startswith("group"):
                     yield from group_samples(name, case, seed, p)
                 elif name == "swiglu_fwd" and not r:
-                    yield (case.dy,)
+                    yield (dy,)
                 elif name == "swiglu_bwd" and not r:
-                    yield case.dy, case.dy[:, ::2].contiguous()
+                    yield dy, dy[..., ::2].contiguous()
 
 
 def group_samples(name, case, seed, p):
@@ -57,13 +58,14 @@ def group_samples(name, case, seed, p):
         for tensors in ((case.packed, state.absmax, state.nested_absmax, state.offset), (case.bias,), (case.lora_A,), (case.lora_B,))
     )
     dy, side = torch.cat((case.dy, case.dy), 1), torch.randn(4, 2 * r).to(case.x.dtype)
+    x = case.x.reshape(2, 2, -1) if case.bias is not None else case.x
     if name == "group_fwd":
-        yield case.x, *weights, *bias, *A, *B, seed, [12, 12], 64, "nf4", [2.0, 0.5], p
+        yield x, *weights, *bias, *A, *B, seed, [12, 12], 64, "nf4", [2.0, 0.5], p
     elif name == "group_bwd":
         yield dy, *weights, *A, side if r else None, seed, [12, 12], 33, 64, "nf4", p
     elif name == "group_grads":
         dys, need = [case.dy, case.dy.clone()] if r else [dy], (bool(r), bool(r), case.bias is None and bool(r))
-        yield dys, case.x, side, *weights, *A, *B, seed, [12, 12], 33, 64, "nf4", [2.0, 0.5], p, *need
+        yield [t.reshape(*x.shape[:-1], -1) for t in dys], x, side, *weights, *A, *B, seed, [12, 12], 33, 64, "nf4", [2.0, 0.5], p, *need
     elif r:
         yield dy, case.x, side, *A, *B, seed, [2.0, 0.5], p, True, case.bias is None
 

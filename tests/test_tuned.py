@@ -48,8 +48,8 @@ def test_the_smallest_row_that_holds_the_tokens(table):
 
 def test_a_measured_row_is_taken_unless_its_path_is_not_forced_or_not_able(table, monkeypatch):
     seen = []
-    run = backend.Machine.group_fwd
-    monkeypatch.setattr(backend.Machine, "group_fwd", lambda self, *args: (seen.append(args[-1]), run(self, *args))[1])
+    prepare = backend.Machine._group_fwd_prepare
+    monkeypatch.setattr(backend.Machine, "_group_fwd_prepare", lambda self, *args: (seen.append(args[-1]), prepare(self, *args))[1])
     packed, state = quantize_4bit(torch.randn(130, 128))
     x = torch.randn(9, 128, dtype=torch.bfloat16)
     calculated = heuristics.cuda_linear_fwd(CudaPath.SMALL, 9, 130, 128, 1)

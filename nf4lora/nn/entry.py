@@ -3,14 +3,23 @@
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from .. import checks
 
 
-def entered(layer: Any, x: Tensor) -> tuple[Tensor, torch.dtype]:
+def held(layer: nn.Module, *names: str) -> tuple[Any, ...]:
+    """Parameters of a layer, past the look-up of `nn.Module`, which finds them last; or what stands in their place."""
+    p = layer._parameters
+    try:
+        return tuple([p[name] for name in names])
+    except KeyError:
+        return tuple([getattr(layer, name, None) for name in names])
+
+
+def entered(layer: Any, x: Tensor, weight: Tensor) -> tuple[Tensor, torch.dtype]:
     """x in the dtype to compute in, and the dtype of the output, as the table of `nf4lora.nn` has them."""
-    dtype, weight = x.dtype, layer.weight
+    dtype = x.dtype
     if x.ndim == 0 or x.shape[-1] != layer.in_features:
         raise ValueError(f"{layer}: found x of shape {tuple(x.shape)}, wanted [..., {layer.in_features}]")
     if dtype not in checks.FLOATS and dtype not in checks.float_dtypes():

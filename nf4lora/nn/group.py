@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from .. import autograd
 from ..abi import MAX_GROUP
-from .entry import entered
+from .entry import entered, held
 from .linear import NF4Linear
 from .together import forget, offer
 
@@ -39,15 +39,17 @@ def why_not_together(members: Sequence[NF4Linear]) -> str | None:
 
 def compute_together(members: Sequence[NF4Linear], x: Tensor, swiglu: bool = False) -> Any:
     """x [..., K] -> each member's [..., N_i]; with `swiglu` silu(first) * second. One dropout mask for all."""
-    compute, dtype = entered(members[0], x)
     first, seed, dropout_p = members[0], *members[0]._dropout(x)
-    lora_A, lora_B, scaling = zip(*(m._adapter() for m in members), strict=True)
-    columns = (*zip(*(m._weight_args() for m in members), strict=True), [m.bias for m in members], lora_A, lora_B)
-    lists = tuple([t for t in values if t is not None] for values in columns)
-    N = tuple(m.out_features for m in members)
+    lora_A, lora_B, scaling = zip(*[m._adapter() for m in members], strict=True)
+    columns = (*zip(*[(*m._weight_args(), *held(m, "bias")) for m in members], strict=True), lora_A, lora_B)
+    compute, dtype = entered(first, x, columns[0][0])
+    lists = tuple([[t for t in values if t is not None] for values in columns])
+    N = tuple([m.out_features for m in members])
     group = autograd.Group(N, first.blocksize, first.quant_type, scaling, dropout_p, swiglu)
     out = autograd.linear_group(compute, lists, seed, group)
-    return out.to(dtype) if swiglu else tuple(y.to(dtype) for y in out)
+    if swiglu:
+        return out if out.dtype == dtype else out.to(dtype)
+    return out if out[0].dtype == dtype else tuple(y.to(dtype) for y in out)
 
 
 class NF4LoRALinearGroup(nn.Module):

@@ -10,7 +10,7 @@ from .. import autograd, checks
 from ..codebook import NESTED_BLOCKSIZE
 from ..functional import dequantize_4bit, quantize_4bit
 from ..quant_state import QuantState, ceil_div
-from .entry import entered
+from .entry import entered, held
 from .together import computed_before
 
 _WEIGHT = ("weight", "weight_absmax", "weight_nested_absmax", "weight_nested_offset")
@@ -64,7 +64,9 @@ class NF4Linear(nn.Linear):
         for name, size in sizes.items():
             is_bytes = name == "weight" or (double_quant and name == "weight_absmax")
             self._freeze(name, torch.empty(size, dtype=torch.uint8 if is_bytes else torch.int32, device=device))
-        self.register_parameter("bias", None)
+        for name in (*_WEIGHT, "bias"):
+            if name not in sizes:
+                self.register_parameter(name, None)
         if bias:
             self._freeze("bias", torch.empty(out_features, dtype=dtype, device=device))
         self.reset_parameters()
@@ -133,9 +135,7 @@ class NF4Linear(nn.Linear):
         return dequantize_4bit(self.weight, self.quant_state, dtype)
 
     def _weight_args(self) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
-        if not self.double_quant:
-            return self.weight, self.weight_absmax, None, None
-        return self.weight, self.weight_absmax, self.weight_nested_absmax, self.weight_nested_offset
+        return held(self, *_WEIGHT)
 
     def _adapter(self) -> tuple[Tensor | None, Tensor | None, float]:
         """lora_A, lora_B, scaling."""
@@ -149,10 +149,11 @@ class NF4Linear(nn.Linear):
         """x float [..., K] -> [..., N]; dtypes as in the table of `nf4lora.nn`."""
         if (y := computed_before(self, x)) is not None:
             return y
-        compute, dtype = entered(self, x)
+        weight, (bias,) = self._weight_args(), held(self, "bias")
+        compute, dtype = entered(self, x, weight[0])
         (lora_A, lora_B, scaling), (seed, dropout_p) = self._adapter(), self._dropout(x)
         y = autograd.linear(
-            compute, *self._weight_args(), self.bias, lora_A, lora_B, seed,
+            compute, *weight, bias, lora_A, lora_B, seed,
             self.out_features, self.blocksize, self.quant_type, scaling, dropout_p,
         )  # fmt: skip
         return y if y.dtype == dtype else y.to(dtype)

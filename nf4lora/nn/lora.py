@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from .entry import held
 from .linear import NF4Linear
 
 
@@ -71,10 +72,10 @@ class NF4LoRALinear(NF4Linear):
 
     @property
     def scaling(self) -> float:
-        return self.lora_alpha / (math.sqrt(self.r) if self.use_rslora else max(self.r, 1))
+        return self.lora_alpha / (math.sqrt(self.r) if self.use_rslora else self.r or 1)
 
     def _adapter(self) -> tuple[Tensor | None, Tensor | None, float]:
-        return self.lora_A, self.lora_B, self.scaling
+        return *held(self, "lora_A", "lora_B"), self.scaling
 
     def _dropout(self, x: Tensor) -> tuple[Tensor | None, float]:
         drops = self.r and self.lora_dropout > 0 and self.training

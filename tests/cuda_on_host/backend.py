@@ -66,6 +66,10 @@ class Machine(CudaLibrary):
             self._call().operands.append(t)
         return super().pointer(t)
 
+    def reads(self, *operands: Any) -> None:
+        for t in operands:
+            self.reads(*t) if isinstance(t, (list, tuple)) else self.pointer(t)
+
     def counters(self, device: torch.device) -> int | None:
         call = self._call()
         call.counters = np.zeros(COUNTERS, np.int32)
