@@ -16,7 +16,7 @@ def optim_check(grads, steps, flag, slots) -> None:
 
 
 def optim_step(
-    params, grads, state1, state2, absmax1, absmax2, steps, flag, offsets, slots, hyper_of, hypers, kind, seed
+    params, grads, state1, state2, absmax1, absmax2, steps, flag, offsets, slots, hyper_of, hypers, kind, seed, origin
 ) -> None:  # fmt: skip
     first = params[0]
     if kind not in KINDS:
@@ -30,13 +30,16 @@ def optim_step(
         raise ValueError(f"hyper_of: found {sorted(set(hyper_of))} of {len(hypers)} numbers in hypers, wanted indices of sets of {len(HYPERS)}")
     if seed is not None and first.dtype != torch.bfloat16:
         raise TypeError(f"seed: found parameters of {first.dtype}, wanted torch.bfloat16 to round stochastically")
-    for i, (p, g) in enumerate(zip(params, grads, strict=True)):
-        if p.shape != g.shape:
-            raise ValueError(f"grads[{i}]: found shape {tuple(g.shape)}, wanted {tuple(p.shape)}")
-        if not p.is_contiguous():
-            raise ValueError(f"params[{i}]: found strides {p.stride()}, wanted it contiguous")
-        if offsets[i] < 0 or offsets[i] % STATE_BLOCKSIZE or offsets[i] + p.numel() > state1.numel():
-            raise ValueError(f"offsets[{i}]: found {offsets[i]}, wanted a multiple of {STATE_BLOCKSIZE} with {p.numel()} elements after it of {state1.numel()}")
+    if origin < 0 or origin % STATE_BLOCKSIZE:
+        raise ValueError(f"origin: found {origin}, wanted a multiple of {STATE_BLOCKSIZE}")
+    # All at once first, as there are hundreds; what is wrong is found after.
+    numels, total = [p.numel() for p in params], state1.numel()
+    if (
+        [p.shape for p in params] != [g.shape for g in grads]
+        or not all(map(Tensor.is_contiguous, params))
+        or any(o < 0 or o % STATE_BLOCKSIZE or o + n > total for o, n in zip(offsets, numels, strict=True))
+    ):
+        _raise_first(params, grads, offsets, total)
     _states(first, state1, state2, absmax1, absmax2, kind)
     if (steps is None) != (flag is None):
         raise ValueError("steps and flag belong together: found one of them without the other")
@@ -46,7 +49,20 @@ def optim_step(
         _slots(slots, steps, len(params))
 
 
+def _raise_first(params: list[Tensor], grads: list[Tensor], offsets: list[int], total: int) -> None:
+    for i, (p, g, offset) in enumerate(zip(params, grads, offsets, strict=True)):
+        if p.shape != g.shape:
+            raise ValueError(f"grads[{i}]: found shape {tuple(g.shape)}, wanted {tuple(p.shape)}")
+        if not p.is_contiguous():
+            raise ValueError(f"params[{i}]: found strides {p.stride()}, wanted it contiguous")
+        if offset < 0 or offset % STATE_BLOCKSIZE or offset + p.numel() > total:
+            wanted = f"a multiple of {STATE_BLOCKSIZE} with {p.numel()} elements after it of {total}"
+            raise ValueError(f"offsets[{i}]: found {offset}, wanted {wanted}")
+
+
 def _floats(name: str, tensors: list[Tensor], first: Tensor) -> None:
+    if first.dtype in FLOATS and {t.dtype for t in tensors} == {first.dtype} and {t.device for t in tensors} == {first.device}:
+        return
     for i, t in enumerate(tensors):
         if t.dtype != first.dtype or t.dtype not in FLOATS:
             raise TypeError(f"{name}[{i}]: found {t.dtype}, wanted {first.dtype if first.dtype in FLOATS else FLOATS} like the first")

@@ -15,6 +15,7 @@ from . import native as native  # enters the rows of the "cpu" back end
 from . import native_cuda as native_cuda  # of "cuda"
 from . import reference
 from . import triton_linear as triton_linear  # of "triton"
+from . import triton_optim as triton_optim
 from . import triton_rows as triton_rows
 from .codebook import NESTED_BLOCKSIZE
 from .eager import Op
@@ -173,7 +174,7 @@ optim_check = _define(
 )
 optim_step = _define(
     "optim_step(Tensor(a!)[] params, Tensor[] grads, Tensor(b!) state1, Tensor(c!)? state2, Tensor(d!)? absmax1, Tensor(e!)? absmax2, "
-    "Tensor? steps, Tensor? flag, int[] offsets, int[] slots, int[] hyper_of, float[] hypers, str kind, int? seed) -> ()",
+    "Tensor? steps, Tensor? flag, int[] offsets, int[] slots, int[] hyper_of, float[] hypers, str kind, int? seed, int origin) -> ()",
     lambda *args: None,
     checks_optim.optim_step,
 )

@@ -33,7 +33,7 @@ def optim_check(grads: list[Tensor], steps: Tensor, flag: Tensor, slots: list[in
 def optim_step(
     params: list[Tensor], grads: list[Tensor], state1: Tensor, state2: Tensor | None, absmax1: Tensor | None,
     absmax2: Tensor | None, steps: Tensor | None, flag: Tensor | None, offsets: list[int], slots: list[int],
-    hyper_of: list[int], hypers: list[float], kind: str, seed: int | None,
+    hyper_of: list[int], hypers: list[float], kind: str, seed: int | None, origin: int,
 ) -> None:  # fmt: skip
     """One step of every parameter, in place.
 
@@ -43,6 +43,8 @@ def optim_step(
     changes where the flag is set.
     kind: "adamw" (Loshchilov and Hutter, arXiv:1711.05101) or "lion" (Chen et al., arXiv:2302.06675), which has no state2.
     seed: rounds bfloat16 parameters stochastically; None: to nearest.
+    origin: where the arenas begin in a larger index space, a multiple of 256; it counts for the stochastic rounding alone,
+        so that arenas stepped piece by piece give the bits of one step.
     """
     if flag is not None and int(flag):
         return
@@ -61,11 +63,12 @@ def optim_step(
             v = _read(state2[first:last], absmax2, blocks, "unsigned_dynamic")
             m = m * c["beta1"] + g * c["rest1"]
             v = v * c["beta2"] + (g * c["rest2"]) * g
-            p32 = p32 - (m / (v.sqrt() / c["root"] + c["eps"])) * c["step_size"]
+            root_v = v.double().sqrt().float()  # float32's own is not correctly rounded on every CPU
+            p32 = p32 - (m / (root_v / c["root"] + c["eps"])) * c["step_size"]
             _write(v, state2[first:last], absmax2, blocks, "unsigned_dynamic")
         _write(m, state1[first:last], absmax1, blocks, "dynamic")
         if seed is not None:
-            p32 = stochastically_rounded(p32, seed, first)
+            p32 = stochastically_rounded(p32, seed, origin + first)
         p.copy_(p32.to(p.dtype).reshape(p.shape))
 
 

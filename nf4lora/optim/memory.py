@@ -39,6 +39,7 @@ class Memory(Protocol):
     """What a pager asks of memory. Moves are started, never waited for by the host; a call that raises has done nothing."""
 
     layout: Layout
+    slips: bool = False  # whether the system may send chunks home unasked, so that a fetch is worth repeating
 
     def fetch(self, chunk: int) -> None:
         """Start to move a chunk to the device, after the last `send` of it."""
@@ -47,7 +48,7 @@ class Memory(Protocol):
         """Start to move a chunk home, after everything launched on it before the last `used`."""
 
     def wait(self, chunk: int) -> None:
-        """What is launched on the current stream from now on finds the chunk on the device."""
+        """What is launched on the current stream from now on finds the chunk on the device, also after `home`."""
 
     def used(self, chunk: int) -> None:
         """What was launched on the current stream up to now uses the chunk."""
@@ -68,7 +69,7 @@ class Memory(Protocol):
         """Give the memory back; nothing else may be called after."""
 
 
-class Resident:
+class Resident(Memory):
     """Plain memory of a device: everything is always there."""
 
     def __init__(self, layout: Layout, device: torch.device) -> None:
