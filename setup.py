@@ -16,7 +16,7 @@ from setuptools.command.build_ext import build_ext
 SOURCES = sorted(str(p) for p in Path("csrc/cpu").glob("*.cpp"))
 CUDA_SOURCES = sorted(str(p) for p in Path("csrc/cuda").glob("*.cu"))
 HEADERS = sorted(str(p) for p in [*Path("csrc").rglob("*.h"), *Path("csrc").rglob("*.cuh"), *Path("nf4lora").glob("*.csv")])
-FLAGS = "-O3 -std=c++17 -fPIC -fvisibility=hidden -ffp-contract=off -Wall -Wextra -Icsrc -Inf4lora".split()
+FLAGS = "-O3 -std=c++17 -fPIC -fvisibility=hidden -ffp-contract=off -fno-math-errno -Wall -Wextra -Icsrc -Inf4lora".split()
 NVCC_FLAGS = ("-O3 -std=c++17 --fmad=false -cudart static --threads 2 -Xptxas -warn-spills,-warn-lmem-usage "
               "-Xcompiler -fPIC,-fvisibility=hidden,-Wall,-Wextra -Xlinker -z,relro,-z,now,--exclude-libs,ALL -Icsrc -Inf4lora").split()
 STRICT = "-Werror all-warnings -Xptxas -Werror".split()  # set by CI; a newer nvcc's new warning is no reason not to install

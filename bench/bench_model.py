@@ -2,9 +2,10 @@
 
 Random weights, LoRA of rank 16 on all seven linears of a layer, attention by torch's scaled dot product. Contenders are
 in one process and take turns; each has a model of its own. `memory` is what a contender's steps hold at their peak, its
-model included: torch's allocator counts tensors, so models that wait their turn are subtracted exactly. Models are in
-`dtype`, adapters in float32, as transformers and peft load them; without prepare_model_for_kbit_training, whose float32
-head and residuals would cost the peers more.
+model included: torch's allocator counts tensors, so models that wait their turn are subtracted exactly; `managed` are the
+states of PagedAdamW8bit, which steps ours, where the others have torch's fused AdamW. Models are in `dtype`, adapters in
+float32, as transformers and peft load them; without prepare_model_for_kbit_training, whose float32 head and residuals
+would cost the peers more.
 """
 
 import sys
@@ -21,7 +22,7 @@ from . import models
 from .harness import Case, options, run
 from .model_memory import clear, measured, within
 from .model_sizes import LLAMA_3_8B, LLAMA_3_70B, TOY, Llama
-from .model_steps import Decoding, Found, StepMeter, Training
+from .model_steps import Decoding, Found, StepMeter, Training, fused, paged
 from .timing import Contender
 
 KINDS = ("train", "decode", "70b")
@@ -36,9 +37,9 @@ def train_case(llama: Llama, batch: Tensor, dtype: torch.dtype, absent: list[str
     clear()
     device, glue = batch.device.type, models.liger_glue if liger else models.no_glue
 
-    def make(build: Callable[..., nn.Module], autocast: torch.dtype | None) -> dict[str, Any]:
+    def make(build: Callable[..., nn.Module], autocast: torch.dtype | None, optimizer: Any = fused) -> dict[str, Any]:
         model = partial(build, llama.config, device, dtype, glue=glue)
-        training, memory = measured(model, lambda model: Training(model, batch, autocast))
+        training, memory = measured(model, lambda model: Training(model, batch, autocast, optimizer))
         return {"calls": (training,), "memory": memory}
 
     mixed = None if dtype == torch.float32 else dtype
@@ -46,8 +47,8 @@ def train_case(llama: Llama, batch: Tensor, dtype: torch.dtype, absent: list[str
     dense = make(models.dense_peft, mixed)
     wanted = dense["calls"][0].found
     contenders = {
-        "nf4lora": Contender(**make(models.ours, None), ours=True),
-        "nf4lora, not grouped": Contender(**make(partial(models.ours, group=False), None), ours=True),
+        "nf4lora": Contender(**make(models.ours, None, paged), ours=True),
+        "nf4lora, not grouped": Contender(**make(partial(models.ours, group=False), None, paged), ours=True),
     }
     for name, autocast in {f"bitsandbytes + peft{note}": mixed, "bitsandbytes + peft": None}.items():
         with _or_absent(absent, f"{llama.title}, {name}"):
@@ -117,7 +118,7 @@ def packed_case(llama: Llama, batch: Tensor, dtype: torch.dtype, limit_bytes: in
     """Steps of a model of random bytes, its adapters in `dtype`: losses and adapters stay finite, memory in the limit."""
     clear()
     model = partial(models.packed, llama.config, batch.device.type, dtype)
-    training, memory = measured(model, lambda model: Training(model, batch), alone=True)
+    training, memory = measured(model, lambda model: Training(model, batch, optimizer=paged), alone=True)
 
     def gate(found: Found) -> None:
         assert bool(found.losses.isfinite().all()), f"losses {found.losses.tolist()}"
@@ -181,7 +182,7 @@ def _tokens(batch: Tensor) -> str:
 
 
 def main() -> int:
-    warnings.filterwarnings("ignore", message=".*(kernels-community|heckpointing).*")
+    warnings.filterwarnings("ignore", message=".*(kernels-community|heckpointing|nothing pages).*")
     asked = options(
         __doc__,
         only={"default": ",".join(KINDS), "help": "what to measure, with commas between: %(default)s"},

@@ -29,6 +29,7 @@ ROOT = Path(__file__).parents[1]
 PYTHON = "python"  # stands for the interpreter that runs this
 TESTS = (
     "test_linear_paths.py", "test_training_backends.py", "test_quantize.py", "test_dequantize.py", "test_cuda.py", "test_triton*.py",
+    "test_optim*.py",
 )  # fmt: skip
 WITH_BITSANDBYTES = ("test_bitsandbytes.py",)
 ON_GPU = "(cuda or triton) and not cuda_on_host"
@@ -87,17 +88,18 @@ def steps(out: Path, site: Path, peers: Path | None = None) -> list[Step]:
         Step("environment", (("nvidia-smi",), ("nvcc", "--version"), (PYTHON, "-m", "pip", "list")), 8, gate=False),
         Step("build", ((PYTHON, *install.split(), str(site), str(ROOT)), (PYTHON, "-c", loads)), 110),
         Step("machine", ((PYTHON, "-m", "bench.environment"),), 10, gate=False),
-        Step("tests", ((PYTHON, *pytest),), 102),
-        Step("bench_linear", ((PYTHON, "-m", "bench.bench_linear", "--device", "cuda", "--out", str(out)),), 57),
-        Step("bench_layer", ((PYTHON, "-m", "bench.bench_layer", "--device", "cuda", "--out", str(out)),), 46),
-        Step("bench_host", ((PYTHON, "-m", "bench.bench_host", "--device", "cuda", "--out", str(out)),), 18),
-        Step("bench_quantize", ((PYTHON, "-m", "bench.bench_quantize", "--device", "cuda", "--out", str(out)),), 30),
-        Step("bench_model", ((PYTHON, "-m", "bench.bench_model", "--layers", "4", "--device", "cuda", "--out", str(out)),), 30, gate=False),
-        Step("puzzle", ((PYTHON, "-m", "bench.puzzle", "--out", str(out)),), 15),
-        Step("selftest", ((PYTHON, "-m", "nf4lora.selftest", *BACKENDS),), 12),
-        *(Step(t, (("compute-sanitizer", "--tool", t, *watched),), 12, environment=uncached) for t in SANITIZERS),
-        Step("golden vectors", ((PYTHON, "-m", "cuda_on_host.golden", str(out / "golden.npz")),), 12, gate=False),
-        Step("tune", ((PYTHON, "-m", "bench.tune", "--minutes", "0.3", "--out", str(out)),), 24, gate=False),
+        Step("tests", ((PYTHON, *pytest),), 97),
+        Step("bench_linear", ((PYTHON, "-m", "bench.bench_linear", "--device", "cuda", "--out", str(out)),), 50),
+        Step("bench_layer", ((PYTHON, "-m", "bench.bench_layer", "--device", "cuda", "--out", str(out)),), 40),
+        Step("bench_host", ((PYTHON, "-m", "bench.bench_host", "--device", "cuda", "--out", str(out)),), 15),
+        Step("bench_optim", ((PYTHON, "-m", "bench.bench_optim", "--only", "resident,moves,hidden", "--device", "cuda", "--out", str(out)),), 41),
+        Step("bench_quantize", ((PYTHON, "-m", "bench.bench_quantize", "--device", "cuda", "--out", str(out)),), 26),
+        Step("bench_model", ((PYTHON, "-m", "bench.bench_model", "--layers", "4", "--device", "cuda", "--out", str(out)),), 26, gate=False),
+        Step("puzzle", ((PYTHON, "-m", "bench.puzzle", "--out", str(out)),), 13),
+        Step("selftest", ((PYTHON, "-m", "nf4lora.selftest", *BACKENDS),), 11),
+        *(Step(t, (("compute-sanitizer", "--tool", t, *watched),), 11, environment=uncached) for t in SANITIZERS),
+        Step("golden vectors", ((PYTHON, "-m", "cuda_on_host.golden", str(out / "golden.npz")),), 10, gate=False),
+        Step("tune", ((PYTHON, "-m", "bench.tune", "--minutes", "0.3", "--out", str(out)),), 21, gate=False),
         Step("doctor", ((PYTHON, "-m", "nf4lora.cli", "doctor"),), 8, gate=False),
     ]  # fmt: skip
 

@@ -8,6 +8,8 @@ from typing import Any
 import torch
 from torch import nn
 
+from nf4lora import managed
+
 
 def clear() -> None:
     """The last case's models go, which hold themselves in cycles; cuBLAS takes its workspaces, which are nobody's own."""
@@ -25,17 +27,27 @@ def measured(
 
     peak:     allocated, less what others held before
     reserved: taken from the card by torch's allocator; told only of one that is `alone` there
-    managed:  in unified memory, where a paged optimizer will keep its state: none yet; likewise
+    managed:  in unified memory, where a paged optimizer keeps its states, wherever they are at the time
     """
     if not torch.cuda.is_initialized():
         return work(build()), None
-    before = torch.cuda.memory_allocated()
+    before, managed_before = torch.cuda.memory_allocated(), _managed_bytes()
     model = build()
     torch.cuda.empty_cache()
     torch.cuda.reset_peak_memory_stats()
     done = work(model)
-    held = {"peak": torch.cuda.max_memory_allocated() - before}
-    return done, held | ({"reserved": torch.cuda.max_memory_reserved(), "managed": 0} if alone else {})
+    reserved = {"reserved": torch.cuda.max_memory_reserved()} if alone else {}
+    return done, {"peak": torch.cuda.max_memory_allocated() - before} | reserved | {
+        "managed": _managed_bytes() - managed_before
+    }
+
+
+def _managed_bytes() -> int:
+    """Of this process; 0 without our CUDA library."""
+    try:
+        return managed.room(torch.device("cuda", 0)).held
+    except NotImplementedError:
+        return 0
 
 
 @contextmanager

@@ -9,6 +9,8 @@ import torch
 from torch import Tensor, nn
 from transformers import StaticCache
 
+from nf4lora.optim import PagedAdamW8bit
+
 from .models import adapters
 from .timing import Contender, Sample
 
@@ -29,19 +31,31 @@ class Found(NamedTuple):
     gradients: Tensor
 
 
+def fused(params: list[nn.Parameter]) -> torch.optim.Optimizer:
+    """torch's AdamW."""
+    return torch.optim.AdamW(params, lr=1e-4, weight_decay=0.0, fused=True)
+
+
+def paged(params: list[nn.Parameter]) -> torch.optim.Optimizer:
+    """Ours, with states of 8 bits in unified memory."""
+    return PagedAdamW8bit(params, lr=1e-4, weight_decay=0.0)
+
+
 class Training:
-    """Steps of AdamW (torch's fused) on the adapters over one batch, int64 [batch, tokens], with gradient checkpointing.
+    """Steps of AdamW on the adapters over one batch, int64 [batch, tokens], with gradient checkpointing.
 
     The first steps are made when this is built. A call is one more, and returns what was `found` in those.
     """
 
-    def __init__(self, model: nn.Module, batch: Tensor, autocast: torch.dtype | None = None) -> None:
+    def __init__(
+        self, model: nn.Module, batch: Tensor, autocast: torch.dtype | None = None,
+        optimizer: Callable[[list[nn.Parameter]], torch.optim.Optimizer] = fused,
+    ) -> None:  # fmt: skip
         self.model, self.batch, self.autocast = model.train(), batch, autocast
         with torch.no_grad(), self._computing():
             logits = model(input_ids=batch, use_cache=False, logits_to_keep=PROBE).logits.float()
         model.gradient_checkpointing_enable({"use_reentrant": False})
-        trained = [p for p in model.parameters() if p.requires_grad]
-        self.optimizer = torch.optim.AdamW(trained, lr=1e-4, weight_decay=0.0, fused=True)
+        self.optimizer = optimizer([p for p in model.parameters() if p.requires_grad])
         losses = [self.backward()]
         first = [p.grad.flatten() for name, *pair in adapters(model) if ".layers.0." in name for p in pair]
         gradients = torch.cat(first).float()

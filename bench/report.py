@@ -61,6 +61,11 @@ def markdown(document: dict[str, Any] | None, tables: int | None = None) -> str 
     launches = document.get("launches", ())
     for group in dict.fromkeys(row["group"] for row in launches):
         parts.append(_launches(group, [row for row in launches if row["group"] == group]))
+    if hidden := document.get("hidden"):
+        shares = ["{:.0f}% [{:.0f} … {:.0f}]".format(*(100 * share for share in of["hidden"])) for of in hidden]
+        names = [f"{of['case']}: {of['contender']}" for of in hidden]
+        lines = [[name, _time([of["moves_ms"]]), share] for name, of, share in zip(names, hidden, shares, strict=True)]
+        parts.append(table(["states at home before a backward", "both moves alone", "hidden by it"], lines))
     absent = [f"Not there, so not timed: {why}" for why in document.get("absent", ())]
     failed = [f"Failed, so not timed: {why.splitlines()[0]}" for why in document.get("failed", ())]
     return "\n\n".join([machine(document["environment"]), *parts[:tables], *absent, *failed])

@@ -28,9 +28,13 @@ constexpr float kFP4Codebook[] = {
 constexpr float kDynamicCodebook[] = {
 #include "dynamic_codebook.csv"
 };
+constexpr float kUnsignedDynamicCodebook[] = {
+#include "unsigned_dynamic_codebook.csv"
+};
 static_assert(sizeof(kNF4Codebook) == kCodes * sizeof(float), "a 4-bit code has 16 entries");
 static_assert(sizeof(kFP4Codebook) == kCodes * sizeof(float), "a 4-bit code has 16 entries");
 static_assert(sizeof(kDynamicCodebook) == kDynamicCodes * sizeof(float), "an 8-bit code has 256 entries");
+static_assert(sizeof(kUnsignedDynamicCodebook) == kDynamicCodes * sizeof(float), "an 8-bit code has 256 entries");
 
 // One 4-bit code, with what the kernels derive from its 16 values.
 struct Codebook {
@@ -66,16 +70,16 @@ static constexpr Codebook derive_codebook(const float (&code)[kCodes]) {
 constexpr Codebook kNF4Book = derive_codebook(kNF4Codebook);
 constexpr Codebook kFP4Book = derive_codebook(kFP4Codebook);
 
-// The signed dynamic 8-bit map of the nested absmax, ascending. The boundary is the largest fp32 not above the exact
+// Of a dynamic 8-bit map, ascending: the signed one is that of the nested absmax. The boundary is the largest fp32 not above the exact
 // midpoint, so that v <= boundary holds for an fp32 v exactly when v <= midpoint.
 struct DynamicBoundaries {
     float at[kDynamicCodes - 1];
 };
 
-static constexpr DynamicBoundaries derive_dynamic_boundaries() {
+static constexpr DynamicBoundaries derive_dynamic_boundaries(const float (&code)[kDynamicCodes]) {
     DynamicBoundaries boundaries{};
     for (int i = 0; i < kDynamicCodes - 1; ++i) {
-        const double midpoint = 0.5 * (static_cast<double>(kDynamicCodebook[i]) + kDynamicCodebook[i + 1]);
+        const double midpoint = 0.5 * (static_cast<double>(code[i]) + code[i + 1]);
         double below = midpoint;
         while (static_cast<float>(below) > midpoint)
             below -= static_cast<float>(below) - midpoint;
@@ -84,7 +88,7 @@ static constexpr DynamicBoundaries derive_dynamic_boundaries() {
     return boundaries;
 }
 
-constexpr DynamicBoundaries kDynamicBoundaries = derive_dynamic_boundaries();
+constexpr DynamicBoundaries kDynamicBoundaries = derive_dynamic_boundaries(kDynamicCodebook);
 
 #if !defined(__CUDACC__)
 NF4LORA_HD const Codebook &codebook(int32_t quant_type) { return quant_type == kFP4 ? kFP4Book : kNF4Book; }

@@ -8,6 +8,7 @@ namespace nf4lora {
 enum Dtype : int32_t { kFloat32 = 0, kBFloat16 = 1, kFloat16 = 2 };
 enum QuantType : int32_t { kNF4 = 0, kFP4 = 1 };
 enum LinearPath : int32_t { kRows = 0, kPanels = 1 };
+enum OptimKind : int32_t { kAdamW = 0, kLion = 1 };
 
 // A frozen 4-bit matrix, row-major [rows, cols]. Blocks run over the flattened matrix and may straddle rows.
 struct Weight {
@@ -229,6 +230,57 @@ struct SwigluParams {
     int64_t N;
     int32_t dtype;
     int32_t workers;      // thread blocks
+};
+
+// ---- optimizers: every parameter in one call. Their states lie in arenas of one index space, in which each parameter has
+// a range of its own.
+
+struct OptimTensor {
+    void *param;       // dtype [numel]; optim_check leaves it alone
+    const void *grad;  // dtype [numel]
+    int64_t numel;
+    int64_t offset;    // of its first element in the arenas, a multiple of 256
+    int32_t hyper;     // which OptimHyper
+    int32_t slot;      // which of steps
+};
+
+struct OptimHyper {
+    double lr;
+    double beta1;
+    double beta2;
+    double eps;
+    double weight_decay;
+    int64_t step;  // counts this one, 1 for the first; unread where steps are given
+};
+
+struct OptimParams {
+    const OptimTensor *tensors;  // [count], in the host's memory
+    const OptimHyper *hypers;    // [hyper_count], in the host's memory
+    void *state1;                // float32 [any], or uint8 codes of the signed dynamic map where absmax1 is given
+    void *state2;                // likewise, of the unsigned map; null for kLion
+    float *absmax1;              // float32, one for each 256 elements of state1; may be null
+    float *absmax2;              // likewise; null together with absmax1, and for kLion
+    const int32_t *steps;        // int32 [any], may be null
+    const int32_t *flag;         // int32 [1]: nothing changes where it is not 0; null together with steps
+    int64_t count;
+    int64_t hyper_count;
+    int64_t seed;                // read where stochastic
+    int64_t origin;              // where the arenas begin in the index that stochastic rounding counts by, a multiple of 256
+    int32_t stochastic;          // 1: rounds parameters of kBFloat16 stochastically
+    int32_t dtype;               // Dtype of params and grads
+    int32_t kind;                // OptimKind
+    int32_t workers;             // host: threads; CUDA: thread blocks
+};
+
+// flag = whether an element of any grad is NaN or Inf; where it is not, steps[slot] + 1 for each tensor
+struct OptimCheckParams {
+    const OptimTensor *tensors;  // [count], in the host's memory; of which grad, numel and slot are read
+    int32_t *steps;              // int32 [any], in and out
+    int32_t *flag;               // int32 [1], out
+    uint32_t *counters;          // CUDA: kCounters zeros, which every launch leaves as zeros
+    int64_t count;
+    int32_t dtype;               // Dtype of grads
+    int32_t workers;             // host: threads; CUDA: thread blocks
 };
 
 }  // namespace nf4lora

@@ -1,8 +1,8 @@
 """csrc/params.h and csrc/api.h in ctypes: the same structs, the same fields, the same order (tests/test_native.py compares)."""
 
-from ctypes import Structure, c_float, c_int32, c_int64, c_void_p
+from ctypes import Structure, c_double, c_float, c_int32, c_int64, c_void_p
 
-_I, _L, _P = c_int32, c_int64, c_void_p
+_I, _L, _P, _D = c_int32, c_int64, c_void_p, c_double
 
 
 class Weight(Structure):
@@ -85,6 +85,25 @@ class SwigluParams(Structure):
     _fields_ = [("gate_up", _P), ("dh", _P), ("out", _P), ("M", _L), ("N", _L), ("dtype", _I), ("workers", _I)]
 
 
+class OptimTensor(Structure):
+    _fields_ = [("param", _P), ("grad", _P), ("numel", _L), ("offset", _L), ("hyper", _I), ("slot", _I)]
+
+
+class OptimHyper(Structure):
+    _fields_ = [("lr", _D), ("beta1", _D), ("beta2", _D), ("eps", _D), ("weight_decay", _D), ("step", _L)]
+
+
+class OptimParams(Structure):
+    _fields_ = [("tensors", _P), ("hypers", _P), ("state1", _P), ("state2", _P), ("absmax1", _P), ("absmax2", _P),
+                ("steps", _P), ("flag", _P), ("count", _L), ("hyper_count", _L), ("seed", _L), ("origin", _L),
+                ("stochastic", _I), ("dtype", _I), ("kind", _I), ("workers", _I)]  # fmt: skip
+
+
+class OptimCheckParams(Structure):
+    _fields_ = [("tensors", _P), ("steps", _P), ("flag", _P), ("counters", _P), ("count", _L), ("dtype", _I),
+                ("workers", _I)]  # fmt: skip
+
+
 # nf4lora_cpu_<name> -> its argument
 FUNCTIONS = {
     "quantize": QuantizeParams,
@@ -93,10 +112,14 @@ FUNCTIONS = {
     "linear_fwd": LinearFwdParams,
     "linear_bwd": LinearBwdParams,
     "lora_bwd": LoraBwdParams,
+    "optim_step": OptimParams,
+    "optim_check": OptimCheckParams,
 }
 
 # nf4lora_cuda_<name>, which take a stream beside it
-CUDA_FUNCTIONS = {name: FUNCTIONS[name] for name in ("quantize", "quantize_absmax", "dequantize")} | {
+CUDA_FUNCTIONS = {
+    name: FUNCTIONS[name] for name in ("quantize", "quantize_absmax", "dequantize", "optim_step", "optim_check")
+} | {
     "linear_fwd": GroupFwdParams,
     "linear_bwd": GroupBwdParams,
     "lora_bwd": GroupLoraBwdParams,

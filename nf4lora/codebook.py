@@ -1,4 +1,5 @@
-"""The code tables: NF4 and FP4 (16 values) and the signed 8-bit dynamic map of double quantization (256 values).
+"""The code tables: NF4 and FP4 (16 values), and the 8-bit dynamic maps (256 values), the signed one of double quantization
+and of an optimizer's first state, the unsigned one of its second.
 
 Each table is one CSV file, read here, by the C++ sources and by the Triton kernels. What follows from a table
 (sorted order, decision boundaries) is derived, never stored.
@@ -25,7 +26,7 @@ def _read(name: str) -> Tensor:
 @cache
 @torch.inference_mode(False)  # a cached tensor outlives the mode it is first asked for in
 def codebook(quant_type: str, device: torch.device | str = "cpu") -> Tensor:
-    """Values of the codes, float32 [16] for "nf4" and "fp4", float32 [256] for "dynamic", indexed by code."""
+    """Values of the codes, float32 [16] for "nf4" and "fp4", float32 [256] for "dynamic" and "unsigned_dynamic", by code."""
     return _read(quant_type).to(device)
 
 
@@ -46,12 +47,12 @@ def boundaries(quant_type: str, device: torch.device | str = "cpu") -> Tensor:
 
 @cache
 @torch.inference_mode(False)
-def dynamic_boundaries(device: torch.device | str = "cpu") -> Tensor:
-    """Thresholds of the 8-bit map, float32 [255]: the largest float32 not above the true midpoint.
+def dynamic_boundaries(device: torch.device | str = "cpu", code: str = "dynamic") -> Tensor:
+    """Thresholds of an 8-bit map, float32 [255]: the largest float32 not above the true midpoint.
 
     With these `#{boundaries < v}` is the exact nearest code for every float32 v, ties to the lower.
     """
-    values = codebook("dynamic").double()
+    values = codebook(code).double()
     middle = (values[:-1] + values[1:]) * 0.5
     rounded = middle.float()
     below = torch.nextafter(rounded, torch.tensor(-torch.inf, device="cpu"))

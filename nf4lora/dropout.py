@@ -20,12 +20,12 @@ def dropout(x: Tensor, seed: Tensor | None, p: float) -> Tensor:
         return x
     p32 = torch.tensor(p, dtype=torch.float32, device=x.device)
     counter = torch.arange(-(-x.numel() // 4), dtype=torch.int64, device=x.device)
-    words = _philox(counter, seed.reshape(())).reshape(-1)[: x.numel()].reshape(x.shape)
+    words = philox(counter, seed.reshape(())).reshape(-1)[: x.numel()].reshape(x.shape)
     keep = (words >> 8) >= torch.ceil(p32.double() * 2.0**24).long()
     return torch.where(keep, x * (1.0 / (1.0 - p32)).to(x.dtype), torch.zeros_like(x))
 
 
-def _philox(counter: Tensor, seed: Tensor) -> Tensor:
+def philox(counter: Tensor, seed: Tensor) -> Tensor:
     """Philox4x32-10 (Salmon et al., SC'11). counter, seed: int64 -> int64 [len(counter), 4] of 32-bit words."""
     low = 0xFFFFFFFF
     c = [counter & low, (counter >> 32) & low, torch.zeros_like(counter), torch.zeros_like(counter)]

@@ -14,6 +14,7 @@ _PRE_DISPATCH = torch._C.DispatchKey.PreDispatch  # of make_fx(pre_dispatch=True
 _KNOWN: dict[int, bool] = {}  # key set -> whether a tensor that has it is plain
 _PLAIN = {"CPU", "CUDA", "ADInplaceOrView", "AutogradCPU", "AutogradCUDA", "AutocastCPU", "AutocastCUDA"}
 _NUMBERS = {int, float, bool, str, type(None)}
+_TYPES = {Tensor, Parameter}
 MOST = 4096  # prepared calls of an op
 
 
@@ -112,13 +113,11 @@ def _eager() -> bool:
 def _plain(args: Iterable[Any]) -> bool:
     """Whether all tensors are memory that kernels can read: no subclass, no view that negates, no zeros without memory."""
     for a in args:
-        if isinstance(a, Tensor):
-            keys = torch._C._dispatch_keys(a)
-            known = _KNOWN.get(keys.raw_repr())
-            if type(a) not in (Tensor, Parameter) or not (_is_plain(keys) if known is None else known):
+        of = (a,) if isinstance(a, Tensor) else a if type(a) in (list, tuple) and a and isinstance(a[0], Tensor) else ()
+        if of:
+            found = {keys.raw_repr(): keys for keys in map(torch._C._dispatch_keys, of)}  # few, of hundreds of tensors
+            if not (_TYPES.issuperset(map(type, of)) and all(_KNOWN.get(raw) or _is_plain(keys) for raw, keys in found.items())):
                 return False
-        elif type(a) in (list, tuple) and not _plain(a):
-            return False
     return True
 
 

@@ -160,6 +160,11 @@ def cuda_swiglu(numel: int, multiprocessors: int) -> int:
     return max(1, min(-(-numel // 2048), CUDA_BLOCKS_PER_SM * multiprocessors))
 
 
+def cuda_optim(numel: int, multiprocessors: int) -> int:
+    """Thread blocks to step numel parameters, 2048 a block at a time; 4 of 64 registers a thread fit. Source: calculated."""
+    return max(1, min(-(-numel // 2048), 4 * multiprocessors))
+
+
 def _split(tiles: int, steps: int, multiprocessors: int) -> int:
     """Parts of a sum of `steps` so that `tiles` tiles of the output keep that many multiprocessors busy; at most 16."""
     return max(1, min(multiprocessors // max(tiles, 1), steps // 4, 16))

@@ -18,13 +18,13 @@ from .abi import (
     QuantizeAbsmaxParams, QuantizeParams, Weight,
 )  # fmt: skip
 from .codebook import NESTED_BLOCKSIZE, QUANT_TYPES
+from .native_optim import DTYPE as _DTYPE
+from .native_optim import OptimRows
 from .matrices import rows
 from .quant_state import ceil_div
 
-_DTYPE = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 
-
-class Library:
+class Library(OptimRows):
     """One library and its rows: `nf4lora_<prefix>_<op>` for each op it has.
 
     What differs between libraries, and what tests put their own memory behind, is `why_not`, `load`, `empty`,
@@ -173,7 +173,7 @@ class HostLibrary(Library):
     def _quantize_config(self, *args: Any) -> int:
         return torch.get_num_threads()
 
-    _dequantize_config = _quantize_config
+    _dequantize_config = _optim_step_config = _optim_check_config = _quantize_config
 
     def _linear_fwd_config(self, first: Tensor, *args: Any) -> heuristics.LinearConfig:
         return heuristics.on_path(heuristics.cpu_linear_fwd(rows(first), torch.get_num_threads()), backends.forced_path())

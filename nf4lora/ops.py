@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from . import backends, checks
+from . import backends, checks, checks_optim, reference_optim
 from . import grad_rows as grad_rows  # enters the rows of linear_grads and group_grads that are made of other ops
 from . import group_rows as group_rows  # enters the "cpu" rows of groups
 from . import native as native  # enters the rows of the "cpu" back end
@@ -54,8 +54,9 @@ def _define(schema: str, fake: Callable[..., Any], check: Callable[..., None], f
     for key in _KEYS.values():
         _library.impl(name, call, key)
     torch.library.register_fake(f"nf4lora::{name}", checked_fake, lib=_library)
-    if hasattr(reference, name):
-        backends.implements(name, "reference")(getattr(reference, name))
+    for spec in (reference, reference_optim):
+        if hasattr(spec, name):
+            backends.implements(name, "reference")(getattr(spec, name))
     overload = getattr(torch.ops.nf4lora, name).default
     return Op(overload, call, prepare, frozenset(i for i, argument in enumerate(arguments) if argument.name in fresh))
 
@@ -174,4 +175,17 @@ swiglu_bwd = _define(
     lambda gate_up, dh: gate_up.new_empty(gate_up.shape),
     checks.swiglu_bwd,
     ("gate_up", "dh"),
+)
+
+# In place, every parameter of an optimizer in one call; their states lie in arenas.
+optim_check = _define(
+    "optim_check(Tensor[] grads, Tensor(a!) steps, Tensor(b!) flag, int[] slots) -> ()",
+    lambda *args: None,
+    checks_optim.optim_check,
+)
+optim_step = _define(
+    "optim_step(Tensor(a!)[] params, Tensor[] grads, Tensor(b!) state1, Tensor(c!)? state2, Tensor(d!)? absmax1, Tensor(e!)? absmax2, "
+    "Tensor? steps, Tensor? flag, int[] offsets, int[] slots, int[] hyper_of, float[] hypers, str kind, int? seed, int origin) -> ()",
+    lambda *args: None,
+    checks_optim.optim_step,
 )

@@ -621,6 +621,7 @@ def test_dry_run_lists_the_steps_within_the_time(tmp_path, capsys):
         "build",
         "tests",
         "bench.bench_quantize",
+        "bench.bench_optim --only resident,moves,hidden",
         "bench.puzzle",
         "selftest cuda triton",
         "memcheck",

@@ -269,8 +269,16 @@ def test_a_step_is_timed_between_two_events(monkeypatch):
 def test_memory_is_that_of_one_contender_and_the_limit_ends(monkeypatch):
     host = Host(monkeypatch)
     build, work = lambda: torch.nn.Linear(1, 1), lambda model: "done"
-    assert model_memory.measured(build, work) == ("done", {"peak": 250})
-    assert model_memory.measured(build, work, alone=True)[1] == {"peak": 250, "reserved": 400, "managed": 0}
+    held = iter((5, 25, 0, 7))
+    monkeypatch.setattr(model_memory.managed, "room", lambda device: types.SimpleNamespace(held=next(held)))
+    assert model_memory.measured(build, work) == ("done", {"peak": 250, "managed": 20})
+    assert model_memory.measured(build, work, alone=True)[1] == {"peak": 250, "reserved": 400, "managed": 7}
+
+    def absent(device):
+        raise NotImplementedError
+
+    monkeypatch.setattr(model_memory.managed, "room", absent)
+    assert model_memory.measured(build, work)[1] == {"peak": 250, "managed": 0}
     todo = bench_model.cases("cuda", list(bench_model.KINDS), 4, False, [])
     assert host.fraction == [] and len(list(todo)) == 3 + (models.absent("liger_kernel") is None)
     assert host.fraction == [0.5, 1.0]

@@ -70,7 +70,7 @@ def test_memory_is_counted(demo):
     saved = quantized * (16 - demo[0]["bits_per_quantized_weight"]) / 8
     assert lora["weight_bytes"] - qlora["weight_bytes"] == pytest.approx(saved, abs=64)
     for method in (full, lora, qlora):
-        assert method["optimizer_bytes"] == pytest.approx(8 * method["trainable_parameters"], rel=1e-3)
+        assert 2 * method["trainable_parameters"] < method["optimizer_bytes"] < 8 * method["trainable_parameters"]
         assert (
             method["peak_bytes"]
             > method["weight_bytes"] + method["optimizer_bytes"] + 4 * method["trainable_parameters"]

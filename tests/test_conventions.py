@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from nf4lora import backends, grad_rows, ops, reference
+from nf4lora import backends, grad_rows, ops, reference, reference_optim
 
 ROOT = Path(__file__).parents[1]
 PACKAGE = ROOT / "nf4lora"
@@ -18,16 +18,17 @@ CODE = ("*.py", "*.cpp", "*.h", "*.cu", "*.cuh", "*.csv", "*.toml", "*.sh")
 # Imports run down only: a module may import those of lower floors, and neighbours named beside it.
 FLOORS = (
     {"codebook", "heuristics", "quant_keys", "abi", "dropout", "matrices"},
-    {"quant_state", "reference", "backends", "triton_tiles", "tuned"},
+    {"quant_state", "reference", "reference_optim", "backends", "triton_tiles", "tuned"},
+    {"native_optim"},
     {"native", "operands", "triton_kernels", "group_rows", "grad_rows", "eager"},
-    {"cuda_paths", "checks"},
+    {"cuda_paths", "checks", "checks_optim"},
     {"cuda_launch"},
     {"cuda_linear", "cuda_backward"},
     {"cuda_grads"},
     {"native_cuda", "triton_rows"},
-    {"triton_linear"},
+    {"triton_linear", "triton_optim"},
     {"ops"},
-    {"autograd", "staging"},
+    {"autograd", "staging", "managed"},
     {"functional"},
     {"nn", "cases", "optim", "quant_error"},
     {"testing"},
@@ -158,7 +159,7 @@ def op_names():
 def test_the_ops_are_those():
     assert op_names() == [
         "quantize", "quantize_absmax", "dequantize", "linear_fwd", "linear_bwd", "lora_bwd", "linear_grads", "group_fwd",
-        "group_bwd", "group_lora_bwd", "group_grads", "swiglu_fwd", "swiglu_bwd",
+        "group_bwd", "group_lora_bwd", "group_grads", "swiglu_fwd", "swiglu_bwd", "optim_check", "optim_step",
     ]
 
 
@@ -166,16 +167,18 @@ def test_the_ops_are_those():
 def test_one_op_one_row(name):
     """Every op has a schema, a fake, a check, a documented reference of the same arguments, kernels and a test of its stem."""
     schema = getattr(ops, name).overload._schema
-    assert schema.name == f"nf4lora::{name}" and not schema.is_mutable
-    function = getattr(grad_rows if name.endswith("_grads") else reference, name)
+    steps = name.startswith("optim")  # in place
+    assert schema.name == f"nf4lora::{name}" and schema.is_mutable == steps
+    function = getattr(grad_rows if name.endswith("_grads") else reference_optim if steps else reference, name)
     wanted = [a.name for a in schema.arguments]
     assert list(function.__code__.co_varnames[: function.__code__.co_argcount]) == wanted and function.__doc__
     assert torch._C._dispatch_has_kernel_for_dispatch_key(schema.name, "CPU")
     assert torch._C._dispatch_has_kernel_for_dispatch_key(schema.name, "CUDA")
     assert torch._C._dispatch_has_kernel_for_dispatch_key(schema.name, "Meta")
     assert {"reference", "cpu"} <= {b for op, b in backends._ROWS if op == name}
-    assert hasattr(sys.modules["nf4lora.checks"], name)
-    assert f'"{name}"' in (ROOT / "tests" / "test_ops.py").read_text()
+    assert hasattr(sys.modules["nf4lora.checks_optim" if steps else "nf4lora.checks"], name)
+    tested = "test_optim_step.py" if steps else "test_ops.py"
+    assert re.search(rf"\b{name}\b", (ROOT / "tests" / tested).read_text())
 
 
 def test_public_functions_are_documented():

@@ -1,4 +1,5 @@
-"""F3: the ops with random operands, right and wrong, on the CUDA kernels under AddressSanitizer. See fuzz_ops.py."""
+"""F3: the ops with random operands, right and wrong, on the CUDA kernels under AddressSanitizer. See fuzz_ops.py.
+F4: state dicts of optimizers with random damage. See fuzz_optim.py."""
 
 import json
 import os
@@ -9,18 +10,29 @@ from pathlib import Path
 from cuda_on_host import backend, build
 
 HERE = Path(__file__).parent
+SECONDS = os.environ.get("NF4LORA_FUZZ_SECONDS", "60")
 
 
 def test_no_operands_break_the_kernels(figures):
     build.library(backend.SOURCES, "address")  # here: the compiler is slow under a sanitizer
-    seconds = os.environ.get("NF4LORA_FUZZ_SECONDS", "60")
     # Python does not load libstdc++ itself, and AddressSanitizer looks for what throws exceptions once, at its start.
     found = subprocess.run(["g++", "-print-file-name=libstdc++.so.6"], capture_output=True, text=True, check=True).stdout.strip()
     environment = os.environ | {"LD_PRELOAD": f"{build.libasan()} {Path(found).resolve()}", "ASAN_OPTIONS": "detect_leaks=0", "PYTHONPATH": str(HERE)}
-    command = [sys.executable, "-m", "fuzz_ops", "--seconds", seconds, "--first", "0"]
+    command = [sys.executable, "-m", "fuzz_ops", "--seconds", SECONDS, "--first", "0"]
     done = subprocess.run(command, env=environment, cwd=HERE, capture_output=True, text=True, timeout=600, check=False)
     assert done.returncode == 0, (done.stderr.split()[-1:], done.stdout[-3000:], done.stderr[-3000:])
     counts = json.loads(done.stdout.splitlines()[-1])
     for outcome, number in counts.items():
         figures[f"F3: ops with random operands under AddressSanitizer, {outcome}"] += number
     assert counts["equal"] > 100 and counts["refused"] > 100
+
+
+def test_no_state_dict_breaks_the_optimizers(figures):
+    command = [sys.executable, "-m", "fuzz_optim", "--seconds", SECONDS]
+    path = os.pathsep.join(filter(None, (str(HERE), os.environ.get("PYTHONPATH"))))
+    done = subprocess.run(command, env=os.environ | {"PYTHONPATH": path}, cwd=HERE, capture_output=True, text=True, timeout=600, check=False)
+    assert done.returncode == 0, (done.stdout[-3000:], done.stderr[-3000:])
+    counts = json.loads(done.stdout.splitlines()[-1])
+    for outcome, number in counts.items():
+        figures[f"F4: damaged state dicts of optimizers, {outcome}"] += number
+    assert counts["refused"] > 100 and counts["taken"] > 20

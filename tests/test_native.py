@@ -12,11 +12,11 @@ from pathlib import Path
 import pytest
 import torch
 
-from nf4lora import abi, heuristics, native, native_cuda, ops
+from nf4lora import abi, heuristics, native, native_cuda, native_optim, ops, reference_optim
 
 CSRC = Path(__file__).parents[1] / "csrc"
 KINDS = {
-    "int64_t": ctypes.c_int64, "int32_t": ctypes.c_int32, "float": ctypes.c_float, "Weight": abi.Weight,
+    "int64_t": ctypes.c_int64, "int32_t": ctypes.c_int32, "float": ctypes.c_float, "double": ctypes.c_double, "Weight": abi.Weight,
     "Dropout": abi.Dropout, "LinearConfig": abi.LinearConfig, "CudaConfig": abi.CudaConfig,
     "Member[kMaxGroup]": abi.Member * abi.MAX_GROUP,
 }  # fmt: skip
@@ -78,6 +78,7 @@ def test_enums_equal_the_tables():
     assert {k.lower(): v for k, v in enums["Dtype"].items()} == {k.lower(): v for k, v in codes.items()}
     assert enums["QuantType"] == {f"k{q.upper()}": str(i) for i, q in enumerate(native.QUANT_TYPES)}
     assert enums["CudaPath"] == {f"k{p.name.capitalize()}": str(p.value) for p in heuristics.CudaPath}
+    assert enums["OptimKind"] == {n: str(i) for i, n in enumerate(("kAdamW", "kLion"))} and native_optim.KINDS == reference_optim.KINDS
     assert enums["LinearPath"] == {f"k{p.name.capitalize()}": str(p.value) for p in heuristics.LinearPath}
 
 

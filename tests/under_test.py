@@ -20,6 +20,18 @@ KERNELS = ("cpu", "cuda_on_host", "triton") + (("cuda",) if GPU else ())
 GROUPS = ("group_fwd", "group_bwd", "group_lora_bwd", "linear_grads", "group_grads")
 
 
+IN_PLACE = ("optim_check", "optim_step")
+
+
+def _fetch(here: Any, there: Any) -> None:
+    """Copies tensors back, those of lists too."""
+    for a, b in zip(here, there, strict=True):
+        if isinstance(a, Tensor):
+            a.copy_(b)
+        elif isinstance(a, (tuple, list)):
+            _fetch(a, b)
+
+
 def moved(value: Any, device: str) -> Any:
     """Tensors to a device, in tuples and lists too."""
     if isinstance(value, (tuple, list)):
@@ -56,8 +68,12 @@ def _by_way_of_the_gpu(name: str) -> str:
 
     def sent(op: str) -> Callable[..., Any]:
         def call(*args: Any) -> Any:
+            there = moved(args, "cuda")
             with backends.use_backend(name, backends.forced_path()):
-                return moved(backends.run(op, *moved(args, "cuda")), "cpu")
+                result = moved(backends.run(op, *there), "cpu")
+            if op in IN_PLACE:
+                _fetch(args, there)
+            return result
 
         return call
 

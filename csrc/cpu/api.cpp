@@ -33,12 +33,14 @@ struct Ops {
     decltype(&portable::linear_fwd) linear_fwd;
     decltype(&portable::linear_bwd) linear_bwd;
     decltype(&portable::lora_bwd) lora_bwd;
+    decltype(&portable::optim_step) optim_step;
+    decltype(&portable::optim_check) optim_check;
 };
 
 #define NF4LORA_OPS(isa, available)                                                                                \
     Ops {                                                                                                          \
         #isa, available, isa::quantize, isa::quantize_absmax, isa::dequantize, isa::linear_fwd, isa::linear_bwd,   \
-            isa::lora_bwd                                                                                          \
+            isa::lora_bwd, isa::optim_step, isa::optim_check                                                       \
     }
 
 Ops choose() {
@@ -76,3 +78,5 @@ NF4LORA_FORWARD(dequantize, DequantizeParams)
 NF4LORA_FORWARD(linear_fwd, LinearFwdParams)
 NF4LORA_FORWARD(linear_bwd, LinearBwdParams)
 NF4LORA_FORWARD(lora_bwd, LoraBwdParams)
+NF4LORA_FORWARD(optim_step, OptimParams)
+NF4LORA_FORWARD(optim_check, OptimCheckParams)

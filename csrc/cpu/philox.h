@@ -14,7 +14,7 @@ struct DropoutMask {
     float scale;
 };
 
-static DropoutMask dropout_mask(const Dropout &dropout) {
+static inline DropoutMask dropout_mask(const Dropout &dropout) {
     if (!dropout.seed)
         return {};
     const uint64_t seed = static_cast<uint64_t>(*dropout.seed);
@@ -52,7 +52,7 @@ static void philox(const uint32_t (&seed)[2], uint64_t first, uint32_t (&words)[
 }
 
 // Applies the mask to `count` values that stand at flat indices first, first + 1, ...
-static void apply_dropout(const DropoutMask &mask, int64_t first, int64_t count, float *values) {
+static inline void apply_dropout(const DropoutMask &mask, int64_t first, int64_t count, float *values) {
     constexpr int64_t kSpan = 4 * kPhiloxLanes;
     for (int64_t base = first / 4 * 4; base < first + count; base += kSpan) {
         uint32_t words[4][kPhiloxLanes], word[kSpan];

@@ -5,7 +5,7 @@ from typing import Annotated
 
 import typer
 
-from .settings import DEMO, DTYPES, SCHEDULERS, Settings, UserError
+from .settings import DEMO, DTYPES, OPTIMS, SCHEDULERS, Settings, UserError
 
 _USER = Settings()
 
@@ -28,7 +28,8 @@ def finetune(
     target_modules: Annotated[
         str | None, _option("target_modules", "all-linear, or names separated by commas.")
     ] = None,
-    lr: Annotated[float | None, _option("lr", "Peak learning rate of AdamW.")] = None,
+    optim: Annotated[str | None, _option("optim", f"{', '.join(OPTIMS)}.")] = None,
+    lr: Annotated[float | None, _option("lr", "Peak learning rate.")] = None,
     lr_scheduler: Annotated[str | None, _option("lr_scheduler", f"{', '.join(SCHEDULERS)}.")] = None,
     warmup_ratio: Annotated[float | None, _option("warmup_ratio", "Share of the steps that warm up.")] = None,
     max_grad_norm: Annotated[float | None, _option("max_grad_norm", "Gradients are clipped to this norm.")] = None,

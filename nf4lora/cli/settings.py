@@ -6,6 +6,10 @@ from typing import Any
 
 SCHEDULERS = ("constant", "linear", "cosine")
 DTYPES = ("auto", "float32", "bfloat16")
+# By the names that transformers' TrainingArguments has for them.
+OPTIMS = (
+    "paged_adamw_8bit", "paged_adamw_32bit", "adamw_8bit", "paged_lion_8bit", "paged_lion_32bit", "adamw_torch", "adamw_torch_fused",
+)  # fmt: skip
 
 
 class UserError(Exception):
@@ -32,6 +36,7 @@ class Settings:
     dropout: float = 0.05
     target_modules: tuple[str, ...] = ("all-linear",)
     lr: float = 2e-4
+    optim: str = OPTIMS[0]
     lr_scheduler: str = "linear"
     warmup_ratio: float = 0.03
     max_grad_norm: float = 1.0
@@ -63,10 +68,9 @@ class Settings:
             _refuse("dropout", self.dropout, "a number in [0, 1)")
         if not 0 <= self.warmup_ratio <= 1:
             _refuse("warmup_ratio", self.warmup_ratio, "a number in [0, 1]")
-        if self.lr_scheduler not in SCHEDULERS:
-            _refuse("lr_scheduler", self.lr_scheduler, f"one of {', '.join(SCHEDULERS)}")
-        if self.compute_dtype not in DTYPES:
-            _refuse("compute_dtype", self.compute_dtype, f"one of {', '.join(DTYPES)}")
+        for name, known in (("optim", OPTIMS), ("lr_scheduler", SCHEDULERS), ("compute_dtype", DTYPES)):
+            if getattr(self, name) not in known:
+                _refuse(name, getattr(self, name), f"one of {', '.join(known)}")
         if not self.target_modules or not all(self.target_modules):
             _refuse("target_modules", ",".join(self.target_modules), "all-linear, or names separated by commas")
 

@@ -2,12 +2,14 @@
 
 import contextlib
 import math
+import warnings
 from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor, nn
 from transformers import get_scheduler
 
+from .. import optim
 from .settings import RunFailed, Settings
 
 EVAL_BATCH = 32
@@ -44,7 +46,7 @@ def start(model: nn.Module, blocks: Tensor, settings: Settings, autocast: torch.
     """A run at step 0 over the parameters that require gradients; `autocast` is the dtype to compute in, if not their own."""
     steps = settings.max_steps or math.ceil(settings.epochs * len(blocks) / (settings.batch_size * settings.grad_accum))
     trained = [p for p in model.parameters() if p.requires_grad]
-    optimizer = torch.optim.AdamW(trained, lr=settings.lr, weight_decay=0.0, fused=True)
+    optimizer = _optimizer(settings.optim, trained, settings.lr)
     warmup = math.ceil(settings.warmup_ratio * steps)
     # transformers' "constant" knows no warm-up
     name = "constant_with_warmup" if settings.lr_scheduler == "constant" and warmup else settings.lr_scheduler
@@ -53,6 +55,19 @@ def start(model: nn.Module, blocks: Tensor, settings: Settings, autocast: torch.
         model.gradient_checkpointing_enable({"use_reentrant": False})
     model.train()
     return Run(model, blocks, settings, steps, optimizer, scheduler, autocast)
+
+
+def _optimizer(name: str, params: list[nn.Parameter], lr: float) -> torch.optim.Optimizer:
+    """`name`: one of `settings.OPTIMS`."""
+    if name.startswith("adamw_torch"):
+        return torch.optim.AdamW(params, lr=lr, weight_decay=0.0, fused=name.endswith("fused"))
+    classes = {
+        "paged_adamw_8bit": optim.PagedAdamW8bit, "paged_adamw_32bit": optim.PagedAdamW, "adamw_8bit": optim.AdamW8bit,
+        "paged_lion_8bit": optim.PagedLion8bit, "paged_lion_32bit": optim.PagedLion,
+    }  # fmt: skip
+    # Nobody asked for paging who took the default.
+    warnings.filterwarnings("ignore", message="paged optimizer: nothing pages", category=RuntimeWarning)
+    return classes[name](params, lr=lr, weight_decay=0.0)
 
 
 def order(length: int, first: int, count: int, seed: int) -> Tensor:

@@ -19,7 +19,8 @@ from nf4lora.native_cuda import CudaLibrary
 
 from . import build, errors
 
-SOURCES = tuple(sorted(set((build.CSRC / "cuda").glob("*.cu")) - {build.CSRC / "cuda" / "device.cu"}))
+_RUNTIME = {build.CSRC / "cuda" / name for name in ("device.cu", "managed_memory.cu")}  # calls of the CUDA runtime, no kernels
+SOURCES = tuple(sorted(set((build.CSRC / "cuda").glob("*.cu")) - _RUNTIME))
 _GUARD, _GUARD_BYTE, _ALIGNMENT = 256, 0xA5, 256
 
 
@@ -69,6 +70,9 @@ class Machine(CudaLibrary):
     def reads(self, *operands: Any) -> None:
         for t in operands:
             self.reads(*t) if isinstance(t, (list, tuple)) else self.pointer(t)
+
+    def pointers(self, tensors: Any) -> list[int]:
+        return [self.pointer(t) or 0 for t in tensors]
 
     def counters(self, device: torch.device) -> int | None:
         call = self._call()

@@ -34,6 +34,7 @@ LINEAR = {
         "linear_fwd_wgmma": ("linear_fwd_wgmma",), "linear_bwd_mma": ("linear_bwd_mma",),
         "linear_bwd_wgmma": ("linear_bwd_wgmma",), "decode_group": ("decode_group",),
         "lora_projections": ("lora_xa", "lora_dyb"), "lora_gradients": ("lora_bwd",), "lora_dx": ("lora_dx",), "swiglu": ("swiglu", "swiglu_unaligned"),
+        "optim": ("optim_adamw", "optim_lion", "optim_unaligned", "optim_check"),
     }.items()
     for case in cases
 }  # fmt: skip
@@ -390,6 +391,38 @@ BUGS = (
         "static_cast<uint32_t>(accesses), static_cast", "static_cast<uint32_t>(accesses + 1), static_cast"),
     Bug("swiglu-slope", "wrong reduction", "swiglu",
         "__fmul_rn(gate, s.rest)", "__fmul_rn(gate, s.value)"),
+    # ---- csrc/cuda/optim.cu
+    Bug("optim-element-beyond-the-end", "out-of-bounds global read", "optim_adamw",
+        "return place(i) < left; }", "return place(i) <= left; }"),
+    Bug("optim-unit-taken-for-whole", "out-of-bounds global write", "optim_lion",
+        "const bool full = left >= kStateBlock;", "const bool full = left > 0;"),
+    Bug("optim-alignment-not-looked-at", "misaligned access", "optim_unaligned",
+        "full && table.aligned && addresses % (kRun * sizeof(T)) == 0;", "full && table.aligned;"),
+    Bug("optim-no-barrier-after-cells", "race between warps: read after write", "optim_adamw",
+        "[i];\n    __syncthreads();\n}", "[i];\n}"),
+    Bug("optim-cells-of-one-map", "table entry never written", "optim_adamw",
+        "sizeof(uint4) << both;", "sizeof(uint4);"),
+    Bug("optim-constants-read-too-soon", "race between lanes of a warp", "optim_adamw",
+        "constants_of(table, tensor);\n            __syncwarp();", "constants_of(table, tensor);"),
+    Bug("optim-absmax-stored-too-soon", "race between lanes of a warp", "optim_lion",
+        "__syncwarp();  // all have read", ";  // all have read"),
+    Bug("optim-absmax-of-half-a-warp", "wrong reduction", "optim_adamw",
+        "apart = kLanes / 2; apart > 0", "apart = kLanes / 4; apart > 0"),
+    Bug("optim-codes-beyond-the-end", "wrong reduction", "optim_adamw", "m[i] = share.has(i) ? m[i] : 0.0f;", ""),
+    Bug("optim-map-of-the-first-state", "wrong fragment", "optim_adamw", "decode(cells[1], v_word", "decode(cells[0], v_word"),
+    Bug("optim-one-word-for-two", "wrong fragment", "optim_lion",
+        "stochastically_rounded(p[i + 1], word.y)", "stochastically_rounded(p[i + 1], word.x)"),
+    Bug("optim-place-of-the-arenas", "index overflow", "optim_adamw",
+        "index = int64_t{block} * kStateBlock;", "index = int64_t{block * kStateBlock};"),
+    Bug("optim-constants-of-the-tensor-before", "wrong reduction", "optim_adamw",
+        "tensor_end = table.first[tensor + 1];", "tensor_end = table.first[table.count];"),
+    Bug("optim-range-of-the-thread-block", "race between blocks", "optim_adamw",
+        "* block / gridDim.x);", "* block / gridDim.x + (block > 0 && block < gridDim.x ? blockIdx.x == 0 : 0));"),
+    Bug("optim-flag-set-too-soon", "wrong reduction", "optim_check",
+        "!comes_last(table.counters, gridDim.x, word))", "blockIdx.x + 1 < gridDim.x)"),
+    Bug("optim-counter-left", "wrong reduction", "optim_check", "        table.counters[1] = 0;\n", ""),
+    Bug("optim-counter-cleared-too-soon", "race between warps: write after read", "optim_check",
+        "    __syncthreads();  // all have read it\n", ""),
 )  # fmt: skip
 
 

@@ -6,6 +6,7 @@ prints one JSON object a seed: `error` (the machine's message or null) and `wron
 and numpy only, so that a process with a preloaded sanitizer starts fast.
 """
 
+import ctypes
 import importlib.util
 import json
 import os
@@ -544,6 +545,140 @@ def swiglu(device: Device, seed: int, M: int, N: int, shift: int) -> None:
                 raise Wrong(f"swiglu_{name}: off by {np.nanmax(error)}")
 
 
+@dataclass(frozen=True)
+class Optim:
+    """A step: sizes of the parameters, bytes beyond an aligned address, and where in a larger index their arenas stand."""
+
+    kind: int
+    sizes: tuple[int, ...]
+    coded: bool = True
+    stochastic: bool = False
+    counted: bool = False
+    shift: int = 0
+    beyond: int = 0
+    workers: int = 2
+
+
+def _philox(index: np.ndarray, seed: int) -> np.ndarray:
+    """Word index % 4 of the block of Philox4x32-10 numbered index // 4."""
+    low = np.uint64(0xFFFFFFFF)
+    counter = (index // 4).astype(np.uint64)
+    c = [counter & low, counter >> np.uint64(32), np.zeros_like(counter), np.zeros_like(counter)]
+    k = [seed & 0xFFFFFFFF, seed >> 32]
+    for _ in range(10):
+        products = c[0] * np.uint64(0xD2511F53), c[2] * np.uint64(0xCD9E8D57)
+        c = [(products[1] >> np.uint64(32)) ^ c[1] ^ np.uint64(k[0]), products[1] & low,
+             (products[0] >> np.uint64(32)) ^ c[3] ^ np.uint64(k[1]), products[0] & low]  # fmt: skip
+        k = [(k[0] + 0x9E3779B9) & 0xFFFFFFFF, (k[1] + 0xBB67AE85) & 0xFFFFFFFF]
+    return np.choose(index % 4, c).astype(np.uint32)
+
+
+def _coded(values: np.ndarray, code: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """The nearest codes of blocks of 256, and their absmax."""
+    blocks = _blocks(values, 256)
+    absmax = np.abs(blocks).max(1)
+    scaled = blocks * (np.float32(1) / np.maximum(absmax, np.float32(1e-38)))[:, None]
+    wide = code.astype(np.float64)
+    codes = np.searchsorted((wide[1:] + wide[:-1]) / 2, scaled.astype(np.float64).reshape(-1)[: len(values)])
+    return codes.astype(np.uint8), absmax
+
+
+def optim_step(device: Device, seed: int, config: Optim) -> None:
+    """Of bfloat16 parameters, against the same arithmetic in numpy."""
+    f32, random, abi, adamw = np.float32, np.random.default_rng(17), _abi(), config.kind == 0
+    lr, beta1, beta2, eps, decay, step = 0.01, 0.8, 0.95, 1e-6, 0.1, 4
+    c1, c2, rest1, rest2, keep = f32(beta1), f32(beta2), f32(1 - beta1), f32(1 - beta2), f32(1 - lr * decay)
+    root = f32((1 - (beta2 * beta2) * (beta2 * beta2)) ** 0.5)
+    step_size = f32(lr / (1 - (beta1 * beta1) * (beta1 * beta1)))
+    names = ("dynamic", "unsigned_dynamic")[: 1 + adamw]
+    offsets = [256 * (1 + i + sum(-(-n // 256) for n in config.sizes[:i])) for i in range(len(config.sizes))]
+    total = offsets[-1] + 256 * (2 + config.sizes[-1] // 256)
+    states = [
+        random.integers(0, 256, total).astype(np.uint8) if config.coded else random.random(total).astype(f32)
+        for _ in names
+    ]
+    scales = [random.random(total // 256).astype(f32) for _ in names] if config.coded else []
+    wanted_states, wanted_scales = [t.copy() for t in states], [t.copy() for t in scales]
+    params = [to_bf16(random.standard_normal(n)) for n in config.sizes]
+    grads = [to_bf16(random.standard_normal(n) * 0.1) for n in config.sizes]
+    wanted_params = []
+    for p, grad, at in zip(params, grads, offsets, strict=True):
+        g, n, block = from_bf16(grad), len(p), slice(at // 256, at // 256 + -(-len(p) // 256))
+        old = [t[at : at + n] for t in states]
+        if config.coded:
+            old = [_map(name)[t] * np.repeat(a[block], 256)[:n] for name, t, a in zip(names, old, scales, strict=True)]
+        mixed = old[0] * c1 + g * rest1
+        if adamw:
+            new = [mixed, old[1] * c2 + (g * rest2) * g]
+            change = (mixed / (np.sqrt(new[1]) / root + f32(eps))) * step_size
+        else:
+            new = [old[0] * c2 + g * rest2]
+            change = np.sign(mixed) * f32(lr)
+        p32 = from_bf16(p) * keep - change
+        if config.stochastic:
+            index = np.arange(config.beyond + at, config.beyond + at + n)
+            bits = p32.view(np.uint32).astype(np.uint64) + (_philox(index, 5 << 32 | 7) >> np.uint32(16))
+            wanted_params.append((bits >> np.uint64(16)).astype(np.uint16))
+        else:
+            wanted_params.append(to_bf16(p32))
+        for i, (name, values) in enumerate(zip(names, new, strict=True)):
+            if config.coded:
+                wanted_states[i][at : at + n], wanted_scales[i][block] = _coded(values, _map(name))
+            else:
+                wanted_states[i][at : at + n] = values
+    with device.memory(seed):
+        table = (abi.OptimTensor * len(params))()
+        params = [device.put("param", t, shift=config.shift) for t in params]
+        for i, (p, g) in enumerate(zip(params, grads, strict=True)):
+            g = device.put("grad", g, shift=config.shift)
+            table[i] = abi.OptimTensor(p.ctypes.data, g.ctypes.data, len(p), config.beyond + offsets[i], 0, i)
+        hyper = abi.OptimHyper(lr, beta1, beta2, eps, decay, -1 if config.counted else step)
+        states = [device.put("state", t) for t in states]
+        scales = [device.put("absmax", t) for t in scales]
+        fields: dict[str, Any] = {
+            "tensors": ctypes.addressof(table),
+            "hypers": ctypes.addressof(hyper),
+            "hyper_count": 1,
+        }
+        for i, t in enumerate(states):
+            fields[f"state{i + 1}"] = (t.ctypes.data - config.beyond * t.itemsize) % 2**64
+        for i, t in enumerate(scales):
+            fields[f"absmax{i + 1}"] = (t.ctypes.data - config.beyond // 64) % 2**64
+        if config.counted:
+            fields["steps"] = device.put("steps", np.full(len(params), step, np.int32))
+            fields["flag"] = device.put("flag", np.zeros(1, np.int32))
+        params_of = _params(abi.OptimParams, **fields, count=len(params), seed=5 << 32 | 7, stochastic=int(config.stochastic),
+                            dtype=1, kind=config.kind, workers=config.workers)  # fmt: skip
+        device.run("nf4lora_cuda_optim_step", byref(params_of))
+        for name, found, expected in (
+            ("param", params, wanted_params),
+            ("state", states, wanted_states),
+            ("absmax", scales, wanted_scales),
+        ):
+            for a, b in zip(found, expected, strict=True):
+                equal(name, a, b)
+
+
+def optim_check(device: Device, seed: int, sizes: tuple[int, ...], workers: int) -> None:
+    random, abi = np.random.default_rng(18), _abi()
+    for bad in (None, (0, 0), (len(sizes) - 1, sizes[-1] - 1), (1, sizes[1] // 2)):
+        grads = [to_bf16(random.standard_normal(n)) for n in sizes]
+        if bad:
+            grads[bad[0]][bad[1]] = 0x7F80
+        with device.memory(seed):
+            table = (abi.OptimTensor * len(sizes))()
+            for i, g in enumerate(grads):
+                table[i] = abi.OptimTensor(0, device.put("grad", g).ctypes.data, len(g), 0, 0, i)
+            steps, flag = device.put("steps", np.arange(len(sizes), dtype=np.int32)), device.empty("flag", 1, np.int32)
+            counters = device.put("counters", np.zeros(4096, np.uint32))
+            fields = {"tensors": ctypes.addressof(table), "steps": steps, "flag": flag, "counters": counters}
+            params = _params(abi.OptimCheckParams, **fields, count=len(sizes), dtype=1, workers=workers)
+            device.run("nf4lora_cuda_optim_check", byref(params))
+            equal("flag", flag, np.array([bad is not None]))
+            equal("steps", steps, np.arange(len(sizes)) + (bad is None))
+            equal("counters", counters, np.zeros(4096))
+
+
 # What planted bugs and the clean kernels are run on: name -> (sources, calls)
 Call = tuple[Callable[..., None], tuple[Any, ...]]
 CASES: dict[str, tuple[Call, ...]] = {
@@ -599,6 +734,20 @@ CASES: dict[str, tuple[Call, ...]] = {
     "lora_dx": ((backward, ("lora_dx", Config(20, (8, 8), 136, (17, 60)))),),
     "swiglu": ((swiglu, (5, 24, 0)), (swiglu, (5, 17, 0))),
     "swiglu_unaligned": ((swiglu, (5, 24, 2)),),
+    "optim_adamw": (
+        (optim_step, (Optim(0, (3000, 256, 3), stochastic=True),)),
+        (optim_step, (Optim(0, (700, 300), counted=True, beyond=5 << 33),)),
+        (optim_step, (Optim(0, (700, 300, 2100, 600), coded=False, beyond=3 << 31, workers=1),)),
+    ),
+    "optim_lion": (
+        (optim_step, (Optim(1, (1100, 1, 512)),)),
+        (optim_step, (Optim(1, (1100, 1, 512), coded=False, stochastic=True),)),
+    ),
+    "optim_unaligned": (
+        (optim_step, (Optim(0, (600, 256), shift=2),)),
+        (optim_step, (Optim(1, (600,), coded=False, shift=4),)),
+    ),
+    "optim_check": ((optim_check, ((5000, 1100, 7), 3)),),
 }
 
 

@@ -1,0 +1,180 @@
+// optim_step:  one step of AdamW or Lion of every parameter, in place, with states in float32 or in 8-bit codes
+// optim_check: is any gradient NaN or Inf? Counts the step where none is
+// Operands:      params.h; params and grads dtype [numel] each, states in arenas of one index space
+// Rounding:      nf4lora/reference_optim.py to the bit: each operation in float32, in its order
+// Preconditions: offsets are multiples of 256, so that no two parameters share a block; ops.py checks the rest
+// Memory:        reads and writes each operand once; no allocation
+#include "../optim.h"
+#include "ops.h"
+#include "philox.h"
+
+namespace nf4lora {
+namespace NF4LORA_ISA {
+namespace {
+
+// Of the bits of values, NaN above infinity.
+float absmax_of(const float *values, int64_t count) {
+    int32_t bits = 0;
+    for (int64_t i = 0; i < count; ++i) {
+        const int32_t magnitude = static_cast<int32_t>(bits_of(values[i]) & 0x7fffffff);
+        bits = magnitude > bits ? magnitude : bits;
+    }
+    return float_of(static_cast<uint32_t>(bits));
+}
+
+// A state's values of one block, from an arena where they are float32 or codes.
+struct State {
+    void *arena;
+    float *absmax;
+    const DynamicCells *cells;
+
+    void load(int64_t first, int64_t count, float *values) const {
+        if (!absmax) {
+            memcpy(values, static_cast<const float *>(arena) + first, count * sizeof(float));
+            return;
+        }
+        const uint8_t *codes = static_cast<const uint8_t *>(arena) + first;
+        const float scale = absmax[first / kStateBlock];
+        for (int64_t i = 0; i < count; ++i)
+            values[i] = cells->value[codes[i]] * scale;
+    }
+
+    void store(int64_t first, int64_t count, const float *values) const {
+        if (!absmax) {
+            memcpy(static_cast<float *>(arena) + first, values, count * sizeof(float));
+            return;
+        }
+        uint8_t *codes = static_cast<uint8_t *>(arena) + first;
+        const float largest = absmax_of(values, count), inv = reciprocal(largest);
+        absmax[first / kStateBlock] = largest;
+        for (int64_t i = 0; i < count; ++i)
+            codes[i] = static_cast<uint8_t>(encode_in_cell(*cells, values[i] * inv));
+    }
+};
+
+void adamw(const OptimConstants &c, int64_t count, float *__restrict p, const float *__restrict g, float *__restrict m,
+           float *__restrict v) {
+    for (int64_t i = 0; i < count; ++i) {
+        m[i] = m[i] * c.beta1 + g[i] * c.rest1;
+        v[i] = v[i] * c.beta2 + (g[i] * c.rest2) * g[i];
+        p[i] = p[i] * c.keep - (m[i] / (__builtin_sqrtf(v[i]) / c.root + c.eps)) * c.step_size;
+    }
+}
+
+void lion(const OptimConstants &c, int64_t count, float *__restrict p, const float *__restrict g, float *__restrict m) {
+    for (int64_t i = 0; i < count; ++i) {
+        const float direction = m[i] * c.beta1 + g[i] * c.rest1;
+        const float sign = static_cast<float>((0.0f < direction) - (direction < 0.0f));  // 0 of NaN
+        p[i] = p[i] * c.keep - sign * c.lr;
+        m[i] = m[i] * c.beta2 + g[i] * c.rest2;
+    }
+}
+
+// Of a block that begins at index `first`; the results are values of bfloat16.
+void round_stochastically(int64_t seed, int64_t first, int64_t count, float *values) {
+    constexpr int64_t kSpan = 4 * kPhiloxLanes;
+    const uint32_t key[2] = {static_cast<uint32_t>(seed), static_cast<uint32_t>(static_cast<uint64_t>(seed) >> 32)};
+    for (int64_t base = 0; base < count; base += kSpan) {
+        uint32_t words[4][kPhiloxLanes];
+        philox(key, static_cast<uint64_t>(first + base) / 4, words);
+        for (int64_t i = base; i < min_of(base + kSpan, count); ++i) {
+            const uint32_t bits = bits_of(values[i]), word = words[i % 4][(i - base) / 4];
+            const bool finite = (bits & 0x7f800000) != 0x7f800000;
+            values[i] = float_of(select(finite, (bits + (word >> 16)) & 0xffff0000u, bits));
+        }
+    }
+}
+
+void step_block(const OptimParams &p, const OptimTensor &of, const OptimConstants &c, int64_t block) {
+    float values[kStateBlock], grads[kStateBlock], m[kStateBlock], v[kStateBlock];
+    const int64_t at = block * kStateBlock, first = of.offset + at, count = min_of(kStateBlock, of.numel - at);
+    const State state1{p.state1, p.absmax1, &kSignedCells}, state2{p.state2, p.absmax2, &kUnsignedCells};
+    load_elements(of.param, p.dtype, at, count, values);
+    load_elements(of.grad, p.dtype, at, count, grads);
+    state1.load(first, count, m);
+    if (p.kind == kLion) {
+        lion(c, count, values, grads, m);
+    } else {
+        state2.load(first, count, v);
+        adamw(c, count, values, grads, m, v);
+        state2.store(first, count, v);
+    }
+    state1.store(first, count, m);
+    if (p.stochastic)
+        round_stochastically(p.seed, p.origin + first, count, values);
+    store_elements(of.param, p.dtype, at, count, values);
+}
+
+int64_t blocks_of(const OptimTensor &of) { return ceil_div(of.numel, kStateBlock); }
+
+int64_t blocks_of_all(const OptimTensor *tensors, int64_t count) {
+    int64_t blocks = 0;
+    for (int64_t i = 0; i < count; ++i)
+        blocks += blocks_of(tensors[i]);
+    return blocks;
+}
+
+// Part `part` of `parts` of the blocks of all tensors: work(tensor, its first block, the one after its last).
+template <class Work>
+NF4LORA_INLINE void for_part(const OptimTensor *tensors, int64_t count, int64_t blocks, int part, int parts, Work work) {
+    int64_t before = 0;
+    const int64_t begin = blocks * part / parts, end = blocks * (part + 1) / parts;
+    for (int64_t i = 0; i < count && before < end; ++i) {
+        const int64_t mine = blocks_of(tensors[i]);
+        const int64_t from = max_of(begin - before, 0), to = min_of(end - before, mine);
+        before += mine;
+        if (from < to)
+            work(tensors[i], from, to);
+    }
+}
+
+bool any_not_finite(const OptimTensor &of, int32_t dtype, int64_t begin, int64_t end) {
+    uint32_t found = 0;
+    if (dtype == kFloat32) {
+        const float *g = static_cast<const float *>(of.grad);
+        for (int64_t i = begin; i < end; ++i)
+            found |= (bits_of(g[i]) & 0x7f800000u) + 0x00800000u;
+        return found >> 31;
+    }
+    const uint16_t *g = static_cast<const uint16_t *>(of.grad);
+    const uint32_t exponent = dtype == kBFloat16 ? 0x7f80 : 0x7c00, one = dtype == kBFloat16 ? 0x80 : 0x400;
+    for (int64_t i = begin; i < end; ++i)
+        found |= (g[i] & exponent) + one;
+    return found >> 15 & 1;
+}
+
+}  // namespace
+
+const char *optim_step(const OptimParams &p) {
+    if (p.flag && *p.flag)
+        return nullptr;
+    const int64_t blocks = blocks_of_all(p.tensors, p.count);
+    const int parts = static_cast<int>(max_of(1, min_of(p.workers, blocks)));
+    NF4LORA_OMP(omp parallel for num_threads(parts) schedule(static))
+    for (int part = 0; part < parts; ++part)
+        for_part(p.tensors, p.count, blocks, part, parts, [&p](const OptimTensor &of, int64_t from, int64_t to) {
+            const OptimHyper &hyper = p.hypers[of.hyper];
+            const OptimConstants c = constants_of(hyper, p.steps ? p.steps[of.slot] : hyper.step);
+            for (int64_t block = from; block < to; ++block)
+                step_block(p, of, c, block);
+        });
+    return nullptr;
+}
+
+const char *optim_check(const OptimCheckParams &p) {
+    const int64_t blocks = blocks_of_all(p.tensors, p.count);
+    const int parts = static_cast<int>(max_of(1, min_of(p.workers, blocks)));
+    int found = 0;
+    NF4LORA_OMP(omp parallel for num_threads(parts) schedule(static) reduction(| : found))
+    for (int part = 0; part < parts; ++part)
+        for_part(p.tensors, p.count, blocks, part, parts, [&p, &found](const OptimTensor &of, int64_t from, int64_t to) {
+            found |= any_not_finite(of, p.dtype, from * kStateBlock, min_of(to * kStateBlock, of.numel));
+        });
+    *p.flag = found;
+    for (int64_t i = 0; i < p.count; ++i)
+        p.steps[p.tensors[i].slot] += !found;
+    return nullptr;
+}
+
+}  // namespace NF4LORA_ISA
+}  // namespace nf4lora

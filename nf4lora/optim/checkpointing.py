@@ -1,0 +1,102 @@
+"""The states of an optimizer as plain tensors, and back into the memory they page in."""
+
+from collections import defaultdict
+from copy import deepcopy
+from itertools import chain
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..codebook import codebook
+from .base import FlatOptimizer, check_group
+from .saved import CODES, parts, taken
+
+
+class Checkpointed(FlatOptimizer):
+    """`state_dict`, `load_state_dict`, copies and pickles of a `FlatOptimizer`."""
+
+    def state_dict(self) -> dict[str, Any]:
+        """As of every torch optimizer; the states are copies on the CPU, under the names bitsandbytes has for them.
+
+        {"step": int, "state1", "state2": of p's shape, and with states of 8 bits "absmax1", "absmax2" float32
+        [ceil(n/256)], "qmap1", "qmap2" float32 [256]}; Lion has no second.
+        """
+        self._bring_home()
+        saved = super().state_dict()
+        saved["state"] = {i: _plain(entry) for i, entry in saved["state"].items()}
+        return saved
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Copies the states into the memory that they page in. Takes what `state_dict` and bitsandbytes' optimizers of the
+        same rule and width give, and, with 32 bits, torch's AdamW.
+
+        Raises: ValueError naming the first group, parameter or tensor that does not fit; the optimizer is then as it was.
+        """
+        for hook in self._optimizer_load_state_dict_pre_hooks.values():
+            state_dict = hook(self, state_dict) or state_dict
+        groups, (entries, saved_groups) = self.param_groups, parts(state_dict)
+        found, wanted = [len(g["params"]) for g in saved_groups], [len(g["params"]) for g in groups]
+        if found != wanted:
+            raise ValueError(f"param_groups: found groups of {found} parameters, wanted {wanted}")
+        of = dict(zip(chain(*(g["params"] for g in saved_groups)), chain(*(g["params"] for g in groups)), strict=True))
+        if foreign := [i for i in entries if i not in of]:
+            raise ValueError(f"state: found entries {foreign} of no parameter of param_groups")
+        entries = {
+            of[i]: taken(entry, of[i], self._options["rule"], self._bits(of[i]), f"state[{i}]")
+            for i, entry in entries.items()
+            if entry != {}
+        }
+        new_groups = [
+            {**group, **deepcopy({k: v for k, v in saved.items() if k != "params"})}
+            for group, saved in zip(groups, saved_groups, strict=True)
+        ]
+        for group in new_groups:
+            check_group(group)
+        self._take(entries)
+        self.__setstate__({"param_groups": new_groups})
+        for hook in self._optimizer_load_state_dict_post_hooks.values():
+            hook(self)
+
+    @torch.no_grad()
+    def _take(self, entries: dict[Tensor, tuple[int, dict[str, Tensor]]]) -> None:
+        """Make these the states; a parameter without an entry starts anew."""
+        self._allocate(entries)
+        self._plan = None
+        self._bring_home()
+        for p, own in self.state.items():
+            step, tensors = entries.get(p, (0, {}))
+            for name, value in own.items():
+                if name == "step":
+                    continue
+                value.copy_(tensors[name]) if name in tensors else value.zero_()
+            if isinstance(own["step"], Tensor):
+                own["step"].fill_(step)
+            else:
+                own["step"] = step
+
+    def _bring_home(self) -> None:
+        """All states where `state` has views of them."""
+        for pool in dict.fromkeys(self._pool_of.values()):
+            pool.memory.home()
+
+    def __getstate__(self) -> dict[str, Any]:
+        self._bring_home()
+        states = {p: _plain(entry) for p, entry in self.state.items()}
+        return {**super().__getstate__(), "state": states, "_options": self._options}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        entries = state.pop("state", None)
+        copied = "_options" in state  # this is a new object, of `copy`, `deepcopy` or pickle
+        super().__setstate__(state if not copied else {**state, "state": defaultdict(dict)})
+        if copied:
+            self._forget()
+            rule = self._options["rule"]
+            self._take({p: taken(entry, p, rule, self._bits(p), "state") for p, entry in entries.items()})
+
+
+def _plain(entry: dict[str, Any]) -> dict[str, Any]:
+    """Copies on the CPU, which own their memory."""
+    copies = {name: value.to("cpu", copy=True) for name, value in entry.items() if isinstance(value, Tensor) and name != "step"}
+    maps = {f"qmap{name[-1]}": codebook(CODES[f"state{name[-1]}"]).clone() for name in entry if name.startswith("absmax")}
+    return {"step": int(entry["step"]), **copies, **maps}

@@ -1,0 +1,592 @@
+"""The optimizers as a user has them: torch's contract, what a step gives, states saved, taken and given back.
+
+The step's bits on every back end are tests/test_optim_step.py's, paging tests/test_pager.py's and its neighbours'.
+"""
+
+import copy
+import gc
+import io
+import pickle
+import weakref
+
+import pytest
+import torch
+from torch import nn
+
+import nf4lora
+from nf4lora.optim import AdamW8bit, PagedAdamW, PagedAdamW8bit, PagedLion, PagedLion8bit, base, placement, pool, skipping
+from nf4lora.optim.memory import Resident
+from nf4lora.optim.simulated import Simulated
+from nf4lora.optim.staged import Staged
+
+ALL = (PagedAdamW, PagedAdamW8bit, AdamW8bit, PagedLion, PagedLion8bit)
+SHAPES = ((300, 17), (5000,), (64, 128), (3,), (1,), (2, 2048))
+HYPERS = {"lr": 3e-3, "betas": (0.8, 0.95), "weight_decay": 0.1}
+
+pytestmark = pytest.mark.filterwarnings("ignore:paged optimizer. nothing pages")
+
+
+def params(dtype=torch.float32, shapes=SHAPES):
+    made = torch.Generator().manual_seed(1)
+    return [nn.Parameter(torch.randn(s, generator=made).to(dtype)) for s in shapes]
+
+
+def hypers(cls):
+    return HYPERS if "Lion" in cls.__name__ else HYPERS | {"eps": 1e-6}
+
+
+def give_grads(ps, seed):
+    made = torch.Generator().manual_seed(seed)
+    for p in ps:
+        p.grad = torch.randn(p.shape, generator=made).to(p.dtype)
+
+
+def run(optimizer, ps, count, first=0):
+    for i in range(count):
+        give_grads(ps, first + i)
+        optimizer.step()
+
+
+def copies(ps):
+    return [nn.Parameter(p.detach().clone()) for p in ps]
+
+
+def equal(ps, qs):
+    return all(torch.equal(p.detach(), q.detach()) for p, q in zip(ps, qs, strict=True))
+
+
+def bytes_of(optimizer, ps):
+    found = [p.detach().clone() for p in ps]
+    for entry in optimizer.state_dict()["state"].values():
+        found += [torch.as_tensor(entry[name]) for name in sorted(entry)]
+    return found
+
+
+# ---- what a step gives
+
+
+@pytest.mark.parametrize("dtype", (torch.float32, torch.bfloat16, torch.float16))
+def test_adamw_is_torchs(dtype):
+    """200 steps, every hyper-parameter away from its default; in 16 bits one rounding a step, as torch has it."""
+    ours, theirs = params(dtype), params(dtype)
+    run(PagedAdamW(ours, **hypers(PagedAdamW)), ours, 200)
+    # torch keeps 16-bit states of 16-bit parameters: its truth is float32 with the parameter rounded after each step
+    wide = [nn.Parameter(p.detach().float()) for p in theirs]
+    optimizer = torch.optim.AdamW(wide, **hypers(PagedAdamW))
+    for i in range(200):
+        give_grads(theirs, i)
+        for w, p in zip(wide, theirs, strict=True):
+            w.grad = p.grad.float()
+        optimizer.step()
+        for w in wide:
+            w.data.copy_(w.data.to(dtype))
+    # A value of a 16-bit type is off by a neighbour where float32 lies at the edge between two, then and when.
+    tolerance = {"atol": 1e-6, "rtol": 1e-5} if dtype == torch.float32 else {"atol": 1e-3, "rtol": 2**-7 if dtype == torch.bfloat16 else 2**-10}
+    for p, w in zip(ours, wide, strict=True):
+        torch.testing.assert_close(p.detach().float(), w.detach(), **tolerance)
+
+
+def test_lion_is_the_papers():
+    ps, truth = params(), [p.detach().double() for p in params()]
+    optimizer, m = PagedLion(ps, **HYPERS), [torch.zeros_like(t) for t in truth]
+    lr, (beta1, beta2), decay = HYPERS["lr"], HYPERS["betas"], HYPERS["weight_decay"]
+    for i in range(20):
+        give_grads(ps, i)
+        optimizer.step()
+        for t, state, p in zip(truth, m, ps, strict=True):
+            g = p.grad.double()
+            t.mul_(1 - lr * decay).sub_(lr * (beta1 * state + (1 - beta1) * g).sign())
+            state.mul_(beta2).add_((1 - beta2) * g)
+    for p, t in zip(ps, truth, strict=True):
+        torch.testing.assert_close(p.detach().double(), t, atol=1e-6, rtol=1e-5)
+
+
+@pytest.mark.parametrize("cls", ALL)
+def test_groups_have_their_own_numbers_and_steps_their_own_counts(cls):
+    """Two groups, one parameter that misses steps: as three optimizers of one parameter each."""
+    together, apart = params(shapes=((5000,),) * 3), params(shapes=((5000,),) * 3)
+    optimizer = cls([{"params": together[:2]}, {"params": together[2:], "lr": 1e-2, "weight_decay": 0.5}], **hypers(cls))
+    alone = [cls([p], **(hypers(cls) | ({"lr": 1e-2, "weight_decay": 0.5} if i == 2 else {}))) for i, p in enumerate(apart)]
+    for step in range(6):
+        give_grads(together, step)
+        give_grads(apart, step)
+        if step % 2:
+            together[1].grad = apart[1].grad = None
+        optimizer.step()
+        for one in alone:
+            one.step()
+    assert equal(together, apart)
+    assert [optimizer.state[p]["step"] for p in together] == [6, 3, 6]
+
+
+def test_small_tensors_keep_32_bits():
+    ps = params(shapes=((4095,), (4096,)))
+    optimizer = PagedAdamW8bit(ps)
+    run(optimizer, ps, 1)
+    assert [optimizer.state[p]["state1"].dtype for p in ps] == [torch.float32, torch.uint8]
+    small = PagedAdamW8bit(ps, min_8bit_size=1)
+    run(small, ps, 1)
+    assert {small.state[p]["state2"].dtype for p in ps} == {torch.uint8}
+
+
+def test_one_call_steps_448_tensors(monkeypatch):
+    calls = []
+    original = nf4lora.ops.optim_step.call
+    monkeypatch.setattr(nf4lora.ops.optim_step, "call", lambda *args: (calls.append(len(args[0])), original(*args)))
+    ps = params(shapes=((16, 64), (64, 16)) * 224)
+    optimizer = PagedAdamW8bit(ps, min_8bit_size=1024)
+    run(optimizer, ps, 2)
+    assert calls == [448, 448]
+
+
+def test_stochastic_rounding_keeps_what_nearest_loses():
+    """Steps of an eighth of a bfloat16's spacing: to nearest none of them moves it, stochastically they do on average."""
+    start, lr = torch.ones(100_000, dtype=torch.bfloat16), 2.0**-10  # an ulp below 1 is 2^-8, above 2^-7
+    means = []
+    for stochastic in (False, True):
+        torch.manual_seed(0)
+        p = nn.Parameter(start.clone())
+        optimizer = PagedLion([p], lr=lr, stochastic_rounding=stochastic)
+        for _ in range(8):
+            p.grad = torch.full_like(p, -1.0)
+            optimizer.step()
+        means.append(p.detach().double().mean().item())
+    assert means[0] == 1.0
+    assert abs(means[1] - (1 + 8 * lr)) < 1e-4
+
+
+def test_stochastic_rounding_follows_torchs_seed():
+    results = []
+    for seed in (0, 0, 1):
+        ps = params(torch.bfloat16)
+        torch.manual_seed(seed)
+        run(PagedAdamW8bit(ps, stochastic_rounding=True, **hypers(PagedAdamW8bit)), ps, 3)
+        results.append(ps)
+    assert equal(results[0], results[1]) and not equal(results[0], results[2])
+
+
+# ---- NaN and Inf
+
+
+@pytest.mark.parametrize("cls", ALL)
+@pytest.mark.parametrize("value", (torch.nan, torch.inf, -torch.inf))
+@pytest.mark.parametrize("kinds", ((torch.float32,), (torch.float32, torch.bfloat16)), ids=("one dtype", "two"))
+def test_skip_nonfinite_leaves_every_byte(cls, value, kinds):
+    ps = [p for dtype in kinds for p in params(dtype)]
+    optimizer = cls(ps, skip_nonfinite=True, **hypers(cls))
+    run(optimizer, ps, 2)
+    before = bytes_of(optimizer, ps)
+    give_grads(ps, 7)
+    ps[-1].grad.view(-1)[-1] = value
+    optimizer.step()
+    assert all(map(torch.equal, before, bytes_of(optimizer, ps)))
+    run(optimizer, ps, 1, first=9)
+    assert {entry["step"] for entry in optimizer.state_dict()["state"].values()} == {3}
+    plain, other = [p for dtype in kinds for p in params(dtype)], None
+    other = cls(plain, **hypers(cls))
+    run(other, plain, 2)
+    run(other, plain, 1, first=9)
+    assert equal(ps, plain)  # as if the skipped step had not been
+
+
+def test_by_default_nan_flows_as_in_torch():
+    ps = params()
+    optimizer = PagedAdamW(ps)
+    give_grads(ps, 0)
+    ps[0].grad[0, 0] = torch.nan
+    optimizer.step()
+    assert ps[0].isnan().sum() == 1 and not any(p.isnan().any() for p in ps[1:])
+
+
+# ---- memory that ends
+
+
+class Limited:
+    """Memories of which number `last` and later are not to be had."""
+
+    def __init__(self, last):
+        self.left, self.made = last, []
+
+    def __call__(self, *options):
+        return self.make
+
+    def make(self, layout, device):
+        if self.left == 0:
+            raise RuntimeError("out of memory")
+        self.left -= 1
+        made = Resident(layout, device)
+        self.made.append(weakref.ref(made))
+        return made
+
+
+@pytest.mark.parametrize("last", range(4))
+def test_all_states_are_there_before_any_parameter_moves(monkeypatch, last):
+    """Three kinds of state are three memories: two widths in float32, one in bfloat16."""
+    ps = params() + params(torch.bfloat16, shapes=((5000,),))
+    limited = Limited(last)
+    monkeypatch.setattr(base, "chooser", limited)
+    optimizer = PagedAdamW8bit(ps)
+    give_grads(ps, 0)
+    before = [p.detach().clone() for p in ps]
+    if last < 3:
+        with pytest.raises(RuntimeError, match="out of memory"):
+            optimizer.step()
+        assert all(map(torch.equal, before, [p.detach() for p in ps])) and not optimizer.state
+        gc.collect()
+        assert not any(made() for made in limited.made)
+        limited.left = 3
+    optimizer.step()
+    monkeypatch.undo()
+    others = copies(before)
+    give_grads(others, 0)
+    AdamW8bit(others).step()
+    assert equal(ps, others)
+
+
+@pytest.mark.parametrize("cls", ALL)
+def test_memory_returns_when_the_optimizer_goes(cls):
+    ps = params()
+    optimizer = cls(ps)
+    run(optimizer, ps, 1)
+    alive = [weakref.ref(pool.memory) for pool in {optimizer._pool_of[p] for p in ps}]
+    alive += [weakref.ref(optimizer.state[p]["state1"]) for p in ps]
+    del optimizer
+    gc.collect()
+    assert not any(found() for found in alive)
+
+
+def test_gradients_are_announced_while_the_optimizer_lives(monkeypatch):
+    fetched = []
+
+    class Watched:
+        def __init__(self, layout, device):
+            self.inner = Resident(layout, device)
+
+        def __getattr__(self, name):
+            return getattr(self.inner, name)
+
+    monkeypatch.setattr(base, "chooser", lambda *options: Watched)
+    monkeypatch.setattr(base.Pool, "prefetch", lambda pool, p: fetched.append(p))
+    ps = params(shapes=((8, 8), (8,)))
+    optimizer = PagedAdamW(ps)
+    x = torch.randn(4, 8)
+    torch.nn.functional.linear(x, *ps).sum().backward()
+    assert not fetched  # no state yet
+    optimizer.step()
+    torch.nn.functional.linear(x, *ps).sum().backward()
+    assert {id(p) for p in fetched} == {id(p) for p in ps}
+    fetched.clear()
+    del optimizer
+    gc.collect()
+    assert not any(p._post_accumulate_grad_hooks for p in ps)
+    torch.nn.functional.linear(x, *ps).sum().backward()
+    assert not fetched
+
+
+# ---- pages that move
+
+BUDGETS = {"all fits": None, "a few chunks": 40_000, "less than one": 1}
+
+
+def paging_in(kind, monkeypatch):
+    """Chunks of 8 KiB, in a memory that pages on a CPU and checks its orders."""
+    monkeypatch.setattr(pool, "CHUNK_BYTES", 8192)
+    make = {
+        "simulated": lambda budget: lambda layout, device: Simulated(layout, 10**9),
+        "staged": lambda budget: lambda layout, device: Staged(layout, device, budget),
+    }
+    monkeypatch.setattr(base, "chooser", lambda paged, budget, allow: make[kind](budget))
+
+
+@pytest.mark.parametrize("cls", (PagedAdamW, PagedAdamW8bit, PagedLion8bit))
+@pytest.mark.parametrize("budget", BUDGETS.values(), ids=BUDGETS)
+@pytest.mark.parametrize("kind", ("simulated", "staged"))
+def test_paged_is_not_paged_bit_for_bit(monkeypatch, kind, budget, cls):
+    """Through backward hooks, a missing gradient, saving, loading, and stochastic rounding."""
+    runs = []
+    for paged in (False, True):
+        with monkeypatch.context() as patch:
+            if paged:
+                paging_in(kind, patch)
+            torch.manual_seed(0)
+            layers = [nn.Linear(100, 130, dtype=torch.bfloat16) for _ in range(4)]
+            ps = [p for layer in layers for p in layer.parameters()]
+            options = {"stochastic_rounding": True, "skip_nonfinite": budget == 1, "budget": budget if paged else None}
+            optimizer = cls(ps, lr=1e-2, **options)
+            for step in range(5):
+                optimizer.zero_grad()
+                used = layers if step != 2 else layers[1:]
+                x = torch.randn(8, 100, dtype=torch.bfloat16)
+                sum(layer(x).square().mean() for layer in used).backward()
+                optimizer.step()
+                if step == 3:
+                    optimizer.load_state_dict(optimizer.state_dict())
+            runs.append(bytes_of(optimizer, ps))
+            if paged:
+                assert any(type(optimizer._pool_of[p].memory) is not Resident for p in ps)
+    assert all(map(torch.equal, *runs))
+
+
+# ---- saved and taken
+
+
+@pytest.mark.parametrize("cls", ALL)
+@pytest.mark.parametrize("options", ({}, {"skip_nonfinite": True, "stochastic_rounding": True}), ids=("plain", "options"))
+def test_resuming_gives_the_bits_of_the_run_that_was_not_interrupted(cls, options):
+    dtype = torch.bfloat16 if options else torch.float32
+    ps = params(dtype)
+    optimizer = cls(ps, **hypers(cls), **options)
+    torch.manual_seed(3)
+    run(optimizer, ps, 10)
+    file = io.BytesIO()
+    torch.save({"optimizer": optimizer.state_dict(), "params": [p.detach() for p in ps], "rng": torch.get_rng_state()}, file)
+    run(optimizer, ps, 10, first=10)
+    file.seek(0)
+    saved = torch.load(file, weights_only=True)
+    resumed = [nn.Parameter(p) for p in saved["params"]]
+    other = cls(resumed, lr=1.0, **options)
+    other.load_state_dict(saved["optimizer"])
+    torch.set_rng_state(saved["rng"])
+    run(other, resumed, 10, first=10)
+    assert equal(ps, resumed)
+    assert all(map(torch.equal, bytes_of(optimizer, ps), bytes_of(other, resumed)))
+
+
+@pytest.mark.parametrize("cls", ALL)
+def test_states_are_copied_into_the_memory_there_is(cls):
+    ps = params()
+    optimizer = cls(ps, **hypers(cls))
+    run(optimizer, ps, 3)
+    where = {p: {name: t.data_ptr() for name, t in optimizer.state[p].items() if name != "step"} for p in ps}
+    saved, before = optimizer.state_dict(), [p.detach().clone() for p in ps]
+    run(optimizer, ps, 3, first=3)
+    after = [p.detach().clone() for p in ps]
+    for p, b in zip(ps, before, strict=True):
+        p.data.copy_(b)
+    optimizer.load_state_dict(saved)
+    assert where == {p: {name: t.data_ptr() for name, t in optimizer.state[p].items() if name != "step"} for p in ps}
+    run(optimizer, ps, 3, first=3)
+    assert all(map(torch.equal, after, [p.detach() for p in ps]))
+
+
+def test_a_saved_state_owns_its_memory():
+    ps = params()
+    optimizer = PagedAdamW(ps)
+    run(optimizer, ps, 1)
+    saved = optimizer.state_dict()
+    kept = copy.deepcopy(saved["state"])
+    run(optimizer, ps, 1)
+    for i, entry in saved["state"].items():
+        assert torch.equal(entry["state1"], kept[i]["state1"]) and entry["state1"].device.type == "cpu"
+        assert entry["state1"].untyped_storage().nbytes() == entry["state1"].nbytes
+
+
+@pytest.mark.parametrize("cls", ALL)
+@pytest.mark.parametrize("how", (copy.deepcopy, lambda both: pickle.loads(pickle.dumps(both))), ids=("deepcopy", "pickle"))
+def test_a_copy_goes_on_by_itself(cls, how):
+    ps = params()
+    optimizer = cls(ps, **hypers(cls))
+    run(optimizer, ps, 3)
+    qs, other = how((ps, optimizer))
+    run(optimizer, ps, 3, first=3)
+    run(other, qs, 3, first=3)
+    assert equal(ps, qs)
+    assert {t.data_ptr() for p in ps for t in (optimizer.state[p]["state1"],)}.isdisjoint({other.state[q]["state1"].data_ptr() for q in qs})
+
+
+def bnb_optimizer(cls, ps):
+    bitsandbytes = pytest.importorskip("bitsandbytes")
+    name = cls.__name__ if hasattr(bitsandbytes.optim, cls.__name__) else cls.__name__.removeprefix("Paged")
+    return getattr(bitsandbytes.optim, name)(ps, **hypers(cls))
+
+
+@pytest.mark.filterwarnings("ignore:Paged optimizers are not supported on CPU")
+@pytest.mark.parametrize("wrapped", (True, False), ids=("as written", "as before 0.50"))
+@pytest.mark.parametrize("cls", ALL)
+def test_bitsandbytes_states_are_taken_and_given(cls, wrapped):
+    theirs = params()
+    optimizer = bnb_optimizer(cls, theirs)
+    run(optimizer, theirs, 5)
+    file = io.BytesIO()
+    saved = optimizer.state_dict()
+    if not wrapped:
+        saved["state"] = {i: {"step": e["step"], **e["__bnb_optimizer_quant_state__"]} for i, e in saved["state"].items()}
+    torch.save(saved, file)
+    file.seek(0)
+    ours = copies(theirs)
+    mine = cls(ours)
+    mine.load_state_dict(torch.load(file, weights_only=True))
+    for p, q in zip(theirs, ours, strict=True):
+        for name in ("state1", "state2", "absmax1", "absmax2"):
+            if optimizer.state[p].get(name) is not None:
+                assert torch.equal(optimizer.state[p][name], mine.state[q][name])
+    assert mine.param_groups[0]["lr"] == HYPERS["lr"]
+    back = copies(theirs)
+    again = bnb_optimizer(cls, back)
+    again.load_state_dict(mine.state_dict())
+    run(optimizer, theirs, 3, first=5)
+    run(again, back, 3, first=5)
+    assert equal(theirs, back)
+    run(mine, ours, 3, first=5)
+    for p, q in zip(theirs, ours, strict=True):
+        # Lion's sign of a sum near 0 may fall either way
+        limit = 8 * HYPERS["lr"] if "Lion" in cls.__name__ else 2e-3
+        assert (p - q).abs().max() <= limit and (p - q).abs().mean() <= 1e-4
+
+
+def test_torchs_adamw_states_are_taken():
+    theirs = params()
+    optimizer = torch.optim.AdamW(theirs, **hypers(PagedAdamW))
+    run(optimizer, theirs, 5)
+    ours = copies(theirs)
+    mine = PagedAdamW(ours)
+    mine.load_state_dict(optimizer.state_dict())
+    run(optimizer, theirs, 5, first=5)
+    run(mine, ours, 5, first=5)
+    for p, q in zip(theirs, ours, strict=True):
+        torch.testing.assert_close(p, q, atol=1e-6, rtol=1e-5)
+
+
+WRONG = {
+    "another width": (lambda s: s["state"][1].update(state1=s["state"][1]["state1"].float()), r"state\[1\].state1: found torch.float32"),
+    "another shape": (lambda s: s["state"][0].update(state2=torch.zeros(3, dtype=torch.uint8)), r"state\[0\].state2: found torch.uint8 \[3\]"),
+    "no absmax": (lambda s: s["state"][0].pop("absmax1"), r"state\[0\]: no absmax1"),
+    "something else": (lambda s: s["state"][0].update(momentum=torch.zeros(1)), r"state\[0\]: unexpected momentum"),
+    "another map": (lambda s: s["state"][0].update(qmap2=torch.zeros(256)), r"state\[0\].qmap2: found another map"),
+    "no tensor": (lambda s: s["state"][0].update(state1=[1.0]), r"state\[0\].state1: found \[1.0\]"),
+    "a step of nothing": (lambda s: s["state"][0].update(step=-1), r"state\[0\].step: found -1"),
+    "half a step": (lambda s: s["state"][0].update(step=1.5), r"state\[0\].step: found 1.5"),
+    "a parameter too many": (lambda s: s["state"].update({99: s["state"][0]}), r"entries \[99\] of no parameter"),
+    "no entry": (lambda s: s["state"].update({0: None}), r"state\[0\]: found None, wanted states by name"),
+    "no groups": (lambda s: s.pop("param_groups"), "state dict: wanted"),
+    "no list": (lambda s: s.update(state=[1]), "state dict: wanted"),
+    "a rate of nothing": (lambda s: s["param_groups"][0].update(lr=float("nan")), "lr: found nan"),
+    "betas of nothing": (lambda s: s["param_groups"][0].update(betas=None), "betas: found None"),
+    "another group": (lambda s: s["param_groups"].append({"params": [99]}), r"found groups of \[6, 1\] parameters, wanted \[6\]"),
+    "a parameter twice": (lambda s: s["param_groups"].append(s["param_groups"][0]), "each of them once"),
+    "other parameters": (lambda s: s["param_groups"][0]["params"].pop(), r"found groups of \[5\] parameters, wanted \[6\]"),
+}
+
+
+@pytest.mark.parametrize("wrong", WRONG)
+def test_what_does_not_fit_is_one_clear_error_and_changes_nothing(wrong):
+    ps = params()
+    optimizer = PagedAdamW8bit(ps, **hypers(PagedAdamW8bit))
+    run(optimizer, ps, 2)
+    saved = copy.deepcopy(optimizer.state_dict())
+    run(optimizer, ps, 1, first=2)
+    before = bytes_of(optimizer, ps)
+    damage, words = WRONG[wrong]
+    damage(saved)
+    if wrong not in ("no groups", "a rate of nothing"):
+        saved["param_groups"][0]["lr"] = 99.0
+    with pytest.raises(ValueError, match=words):
+        optimizer.load_state_dict(saved)
+    assert all(map(torch.equal, before, bytes_of(optimizer, ps))) and optimizer.param_groups[0]["lr"] == HYPERS["lr"]
+    fresh = PagedAdamW8bit(copies(ps))
+    with pytest.raises(ValueError, match=words):
+        fresh.load_state_dict(saved)
+    assert not fresh.state
+
+
+# ---- torch's contract
+
+
+@pytest.mark.parametrize("cls", ALL)
+def test_closures_schedulers_hooks_and_late_groups(cls):
+    ps = params()
+    optimizer = cls(ps[:3], **hypers(cls))
+    scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 0.5**step)
+    seen = []
+    optimizer.register_step_pre_hook(lambda *args: seen.append("before"))
+    optimizer.register_step_post_hook(lambda *args: seen.append("after"))
+    give_grads(ps, 0)
+    assert optimizer.step(lambda: torch.tensor(3.0)) == 3.0
+    scheduler.step()
+    assert optimizer.param_groups[0]["lr"] == HYPERS["lr"] / 2
+    late = [p.detach().clone() for p in ps[3:]]
+    optimizer.add_param_group({"params": ps[3:], "lr": 0.0, "weight_decay": 0.0})
+    give_grads(ps, 1)
+    optimizer.step()
+    assert all(map(torch.equal, late, [p.detach() for p in ps[3:]])) and len(optimizer.state) == len(ps)
+    optimizer.zero_grad()
+    assert all(p.grad is None for p in ps) and seen == ["before", "after"] * 2
+    with pytest.raises(ValueError, match="betas"):
+        optimizer.add_param_group({"params": [nn.Parameter(torch.zeros(1))], "betas": (0.9, 1.0)})
+    assert len(optimizer.param_groups) == 2
+
+
+@pytest.mark.parametrize("cls", ALL)
+def test_gradients_of_any_strides_and_parameters_of_any_size(cls):
+    ps, qs = params(shapes=((64, 80),)), params(shapes=((64, 80),))
+    a, b = cls(ps, **hypers(cls)), cls(qs, **hypers(cls))
+    for i in range(2):
+        give_grads(ps, i)
+        qs[0].grad = torch.empty_strided((64, 80), (1, 64)).copy_(ps[0].grad)
+        a.step()
+        b.step()
+    assert equal(ps, qs)
+    empty = [nn.Parameter(torch.zeros(0, 4))]
+    run(cls(empty), empty, 2)
+
+
+def test_grad_scaler_skips_what_overflows():
+    ps = params()
+    optimizer, scaler = PagedAdamW(ps), torch.amp.GradScaler("cpu", init_scale=4.0)
+    give_grads(ps, 0)
+    ps[0].grad[0, 0] = torch.inf
+    before = [p.detach().clone() for p in ps]
+    scaler.scale(torch.ones(1))
+    scaler.step(optimizer)
+    scaler.update()
+    assert all(map(torch.equal, before, [p.detach() for p in ps])) and scaler.get_scale() == 2.0
+
+
+@pytest.mark.parametrize("cls", ALL)
+@pytest.mark.parametrize("wrong", ({"lr": -1.0}, {"betas": (1.0, 0.9)}, {"betas": (0.9, -0.1)}, {"weight_decay": -1.0}, {"budget": -1}))
+def test_numbers_out_of_range_are_refused(cls, wrong):
+    with pytest.raises(ValueError, match=next(iter(wrong))):
+        cls(params(), **wrong)
+
+
+def test_other_bad_inputs():
+    ps = params()
+    with pytest.raises(TypeError, match="momentum"):
+        PagedAdamW(ps, momentum=0.9)
+    with pytest.raises(ValueError, match="empty"):
+        PagedAdamW([])
+    embedding = nn.Embedding(10, 4, sparse=True)
+    optimizer = PagedAdamW(embedding.parameters())
+    embedding(torch.tensor([1, 2])).sum().backward()
+    with pytest.raises(NotImplementedError, match="sparse"):
+        optimizer.step()
+    double = [nn.Parameter(torch.zeros(4, dtype=torch.float64))]
+    with pytest.raises(TypeError, match="float64"):
+        run(PagedAdamW(double), double, 1)
+
+
+def test_steps_tell_autograd_that_parameters_changed():
+    p = nn.Parameter(torch.randn(5000))
+    optimizer = PagedAdamW([p])
+    saved = (p * p).sum()
+    p.grad = torch.randn(5000)
+    optimizer.step()
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        saved.backward()
+
+
+def test_a_cpu_says_once_that_nothing_pages():
+    placement._say.cache_clear()
+    with pytest.warns(RuntimeWarning, match="nothing pages on cpu") as found:
+        for _ in range(2):
+            ps = params()
+            run(PagedAdamW(ps), ps, 2)
+    assert len([w for w in found if "nothing pages" in str(w.message)]) == 1
+
+
+def test_slots_are_a_devices_own():
+    slots = skipping.Slots()
+    cpu, meta = params(shapes=((2,), (2,))), [nn.Parameter(torch.zeros(2, device="meta"))]
+    slots.add([cpu[0], meta[0]])
+    slots.add([cpu[1]])
+    assert [slots.of[p] for p in (*cpu, *meta)] == [0, 1, 0] and slots.taken[torch.device("cpu")].tolist() == [0, 0]
