@@ -143,6 +143,16 @@ def _rules() -> Iterator[Rule]:
         (r"linear_fwd_kernel<", ("HGMMA", "LDS.64"), wgmma), (r"bwd_kernel<", ("HGMMA", "LDS.64"), wgmma),
     ):  # fmt: skip
         yield Rule(kernel, "PRMT", 2, must, (*(o for o in SLOW if o != "LD"), *FLOAT_ATOMICS), True, archs)
+    # Double arithmetic is where steps are counted on the device, once a tensor.
+    doubles = [o for o in SLOW if re.match(r"D[AMFS]", o)]
+    yield Rule(r"step_units<", must_not=(*(o for o in _of_whole_kernels() if o not in doubles),))
+
+
+def _of_whole_kernels() -> Iterator[str]:
+    """What no kernel holds anywhere: division has a rare branch that is a call, blocks that share a sum count themselves, and
+    an odd tail goes through a pointer that may be of either memory."""
+    yield from (o for o in SLOW if o not in ("CALL", "LD", "ST", *_ATOMIC))
+    yield from FLOAT_ATOMICS
 
 
 RULES = tuple(_rules())
@@ -326,9 +336,7 @@ def _is(opcode: str, name: str) -> bool:
 
 
 def _rule_of(kernel: str, arch: str, rules: Sequence[Rule]) -> Rule:
-    # Of a whole kernel: division has a rare branch that is a call, blocks that share a sum count themselves, and an odd
-    # tail goes through a pointer that may be of either memory.
-    others = Rule(kernel, must_not=(*(o for o in SLOW if o not in ("CALL", "LD", "ST", *_ATOMIC)), *FLOAT_ATOMICS))
+    others = Rule(kernel, must_not=tuple(_of_whole_kernels()))
     return next((rule for rule in rules if re.match(rule.kernel, kernel) and re.fullmatch(rule.archs, arch)), others)
 
 

@@ -24,6 +24,7 @@ from nf4lora.cases import random_case
 from nf4lora.codebook import BLOCKSIZES, QUANT_TYPES
 from nf4lora.heuristics import CudaLinearConfig, CudaPath
 from nf4lora.operands import FLOATS
+from nf4lora.reference_optim import KINDS, STATE_BLOCKSIZE
 
 from . import backend, build
 
@@ -153,6 +154,9 @@ def of_tiles(machine: backend.Machine) -> list[Launch]:
         found += _recorded(machine, None, partial(backends.run, "swiglu_bwd", a, a[:, ::2].contiguous()))
         for blocksize, quant_type, nested in product(BLOCKSIZES, QUANT_TYPES, (False, True)):
             found += _recorded(machine, None, partial(_round_trip, a, blocksize, nested, quant_type))
+        for kind, coded in product(KINDS, (False, True)):
+            for seed in (None, 1) if dtype == torch.bfloat16 else (None,):
+                found += _recorded(machine, None, partial(_step, a, kind, coded, seed))
     most: dict[str, Launch] = {}
     for launch in found:
         if launch.threads and launch.shared_bytes >= most.get(launch.kernel, launch).shared_bytes:
@@ -167,6 +171,18 @@ def _round_trip(a: Tensor, blocksize: int, nested: bool, quant_type: str) -> Non
         codes, nested_absmax = backends.run("quantize_absmax", absmax, absmax.mean())
         statistics = codes, nested_absmax, absmax.mean()
     backends.run("dequantize", packed, *statistics, list(a.shape), blocksize, quant_type, a.dtype)
+
+
+def _step(grad: Tensor, kind: str, coded: bool, seed: int | None) -> None:
+    """Of an optimizer, checked first."""
+    steps, flag = torch.zeros(1, dtype=torch.int32), torch.zeros(1, dtype=torch.int32)
+    backends.run("optim_check", [grad], steps, flag, [0])
+    count = 1 if kind == "lion" else 2
+    states = [torch.zeros(grad.numel(), dtype=torch.uint8 if coded else torch.float32) for _ in range(count)]
+    absmax = [torch.zeros(grad.numel() // STATE_BLOCKSIZE) for _ in range(count if coded else 0)]
+    numbers = [1e-3, 0.9, 0.99, 1e-8, 0.0, 0.0]
+    operands = (*states, None)[:2] + (*absmax, None, None)[:2]
+    backends.run("optim_step", [grad.clone()], [grad], *operands, steps, flag, [0], [0], [0], numbers, kind, seed, 0)
 
 
 def _recorded(machine: backend.Machine, path: str | None, call: Callable[[], Any]) -> list[Launch]:
