@@ -16,8 +16,9 @@ from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
-from nf4lora import triton_tiles
+from nf4lora import triton_optim, triton_tiles
 from nf4lora.codebook import NESTED_BLOCKSIZE
+from nf4lora.reference_optim import STATE_BLOCKSIZE
 from nf4lora.triton_tiles import TritonTile
 
 from .codegen import DEFAULT_ARCHS, SLOW, Instruction, KernelRow, disassemble, hot_loop, regressions, resource_usage
@@ -85,6 +86,25 @@ def quantize_absmax() -> Variant:
     return Variant(
         "quantize_absmax", "quantize.quantize_absmax_kernel", pointers, "groups", "i32", {"BLOCK": NESTED_BLOCKSIZE}, config.warps,
         NESTED_BLOCKSIZE, (), tuple(s for s in SLOW if s not in ("CALL", "REDUX")),
+    )  # fmt: skip
+
+
+def optim_step(kind: str, dtype: str, coded: bool = True, whole: bool = True, stochastic: bool = False) -> Variant:
+    """whole: of tensors that begin at multiples of 16 bytes and have multiples of 8 elements."""
+    config, state, both = triton_optim.config(), "*u8" if coded else "*fp32", kind == "adamw"
+    kinds = {"state1_ptr": state, "state2_ptr": state, "absmax1_ptr": "*fp32", "absmax2_ptr": "*fp32", "codebook1_ptr": "*fp32",
+             "codebook2_ptr": "*fp32", "cells1_ptr": "*i64", "cells2_ptr": "*i64"}  # fmt: skip
+    absent = [n for n in kinds if ("2" in n and not both) or ("state" not in n and not coded)]
+    pointers = {"like_ptr": TYPES[dtype], "table_ptr": "*i64", "constants_ptr": "*fp32"}
+    pointers |= {n: k for n, k in kinds.items() if n not in absent}
+    constants = {"STOCHASTIC": stochastic, "WHOLE": whole, "ASM": True, "BLOCK": STATE_BLOCKSIZE, "WEIGHTS": config.weights}
+    more = ("" if whole else ", anywhere") + (", stochastic" if stochastic else "")
+    # Parameters and gradients in runs of 16 bytes, codes in runs of 8. No FFMA: but of a division or a root, which are made of them
+    must = (("LDG.64", "STG.64") if coded else ()) + ("LDG.128", "STG.128") if whole else ()
+    must_not = (*(s for s in SLOW if s != "CALL"), *(() if coded or both else ("CALL", "FFMA")))
+    return Variant(
+        f"optim_step<{kind}, {dtype}, {'8-bit' if coded else 'float32'}{more}>", "optim.optim_step_kernel", pointers, "count", "i32",
+        constants | dict.fromkeys(absent), config.warps, config.weights, must, must_not, numbers={"halvings": "i32"},
     )  # fmt: skip
 
 
@@ -168,6 +188,7 @@ def _integer(numel: int) -> str:
 EVERYWHERE = (
     dequantize("bfloat16"), dequantize("bfloat16", nested=False), dequantize("float16"), dequantize("float32"),
     quantize("bfloat16"), quantize("float32"), quantize_absmax(),
+    optim_step("adamw", "bfloat16"), optim_step("adamw", "float32"), optim_step("lion", "bfloat16"),
 )  # fmt: skip
 ONCE = (
     dequantize("bfloat16", ASM=False), dequantize("bfloat16", TAIL=True), dequantize("float32", nested=False, TAIL=True),
@@ -175,6 +196,9 @@ ONCE = (
     dequantize("bfloat16", numel=1 << 32), dequantize("float32", numel=1 << 32, TAIL=True), quantize("bfloat16", numel=1 << 32),
     quantize("bfloat16", "fp4"), quantize("float16"), quantize("bfloat16", TAIL=True), quantize("float32", "fp4", TAIL=True),
     quantize("bfloat16", blocksize=32), quantize("float16", blocksize=4096),
+    optim_step("adamw", "bfloat16", stochastic=True), optim_step("adamw", "float16", whole=False),
+    optim_step("lion", "float32", whole=False), optim_step("adamw", "float32", coded=False),
+    optim_step("lion", "bfloat16", coded=False, whole=False),
 )  # fmt: skip
 ONCE_ON = "80"
 # The products: an architecture for each kind of tensor core that Triton knows (mma.sync, wgmma, tcgen05).

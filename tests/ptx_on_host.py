@@ -228,6 +228,10 @@ class _Program:
                 out = (get(0).astype(np.float64) * get(1) + get(2)).astype(np.float32)
             case [("add" | "sub" | "mul" | "min" | "max" | "div") as name, *_]:
                 out = _ARITHMETIC[name](get(0), get(1))
+            case ["sqrt", "rn", "f32"]:
+                out = np.sqrt(get(0))
+            case ["copysign", "f32"]:
+                out = np.copysign(get(1), get(0))
             case ["setp", compare, _]:
                 unordered = compare.endswith("u") and kind[0] == "f"
                 a, b = get(0), get(1)

@@ -21,6 +21,7 @@ ROOT = Path(__file__).parents[1]
 sys.path.append(str(ROOT))  # behind what is installed: bench is not
 
 import ptx_on_host  # noqa: E402
+from test_optim_step import Run, same_bytes  # noqa: E402
 
 from bench import codegen_triton as codegen  # noqa: E402
 from bench.codegen import Instruction, KernelRow, regressions  # noqa: E402
@@ -195,6 +196,40 @@ def test_quantize_absmax_as_compiled_gives_the_reference_bytes(built, groups):
     operands["boundaries_ptr"] = dynamic_boundaries()
     ptx_on_host.run(ptx(built, variant), arguments(variant, operands, groups), range(-(-groups // 256)))
     assert all(map(same_bits, (codes, nested_absmax), reference.quantize_absmax(absmax, offset)))
+
+
+OPTIM = {v.name: v for v in codegen.EVERYWHERE + codegen.ONCE if v.kernel.startswith("optim")}
+
+
+@pytest.mark.parametrize("name", OPTIM)
+def test_optim_step_as_compiled_gives_the_reference_bytes(built, name, figures):
+    from nf4lora.triton_kernels import optim
+
+    variant = OPTIM[name]
+    c, adamw, coded = variant.constants, "adamw" in name, "8-bit" in name
+    dtype = getattr(torch, next(d for d, code in codegen.TYPES.items() if code == variant.pointers["like_ptr"]))
+    shapes = ((8,), (1280,), (4, 512), (1, 1), (257,)) if not c["WHOLE"] else ((8,), (1280,), (4, 512))
+    run = Run("adamw" if adamw else "lion", coded, dtype, shapes, shift=lambda i: 0 if c["WHOLE"] else i % 3)
+    run.grads[1][5], run.grads[1][700], run.params[2][1, 9] = torch.nan, torch.inf, -torch.inf
+    seed, origin = (3 << 40 | 7, 1 << 33) if c["STOCHASTIC"] else (None, 0)
+    wanted = run.referenced(seed, origin)
+    numels = [p.numel() for p in run.params]
+
+    def table_of(addresses):
+        return optim._table(addresses, numels, run.offsets, run.hyper_of, (seed or 0, origin), variant.weights)
+
+    table, programs = table_of([numels, numels])  # for its size
+    operands = {"like_ptr": run.params[0], "table_ptr": table, "constants_ptr": optim._constants(run.hypers), "halvings": 3 - c["WHOLE"]}
+    operands |= {f"{n}_ptr": getattr(run, n) for n in ("state1", "state2", "absmax1", "absmax2")}
+    for number, code in enumerate(("dynamic", "unsigned_dynamic"), 1):
+        operands |= {f"codebook{number}_ptr": codebook(code), f"cells{number}_ptr": optim.cells(code)}
+    passed = [*arguments(variant, operands, len(numels)), 0, 0, *run.params, *run.grads]  # two pointers are Triton's own
+    memory = ptx_on_host.Memory()
+    addresses = [memory.add(a) for a in passed if isinstance(a, torch.Tensor)][-2 * len(numels) :]
+    table.copy_(table_of([addresses[: len(numels)], addresses[len(numels) :]])[0])
+    ptx_on_host.run(ptx(built, variant), passed, range(programs))
+    assert all(map(same_bytes, run.buffers(), wanted.buffers()))
+    figures["elements compared with compiled Triton kernels' PTX, run on the CPU"] += sum(numels)
 
 
 # ---- products: mma.sync, ldmatrix, cp.async and the decoding asm of what is compiled for sm_80
