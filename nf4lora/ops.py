@@ -15,6 +15,7 @@ from . import native as native  # enters the rows of the "cpu" back end
 from . import native_cuda as native_cuda  # of "cuda"
 from . import reference
 from . import triton_linear as triton_linear  # of "triton"
+from . import triton_optim as triton_optim
 from . import triton_rows as triton_rows
 from .codebook import NESTED_BLOCKSIZE
 from .eager import Op
