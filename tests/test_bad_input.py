@@ -15,6 +15,7 @@ import shutil
 import subprocess
 import sys
 import warnings
+import weakref
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
@@ -27,6 +28,7 @@ from torch.utils.checkpoint import checkpoint
 import nf4lora
 from nf4lora import NF4Linear, NF4LoRALinear, QuantState, dequantize_4bit, linear_4bit, native, ops, quantize_4bit, triton_rows
 from nf4lora.backends import report, use_backend
+from nf4lora.nn import NF4LoRALinearGroup
 from nf4lora.quant_error import quantization_error
 from nf4lora.testing import assert_error_ratio
 
@@ -714,6 +716,60 @@ def test_row32_frozen_and_unfrozen_again():
 
 
 COMPUTE = (None, *FLOATS)
+
+
+class Ending:
+    """Memory for outputs that is not to be had at call number `last`, counted from 0."""
+
+    def __init__(self, last):
+        self.last, self.calls, self.given = last, 0, []
+
+    def __call__(self, like, shape, dtype):
+        self.calls += 1
+        if self.calls - 1 == self.last:
+            raise torch.OutOfMemoryError("no memory left")
+        made = like.new_empty(shape, dtype=dtype)
+        self.given.append(weakref.ref(made))
+        return made
+
+
+@pytest.mark.parametrize("group", (False, True))
+def test_row30_memory_that_ends_in_forward_or_backward(monkeypatch, group):
+    """At each allocation of ours in turn: nothing is kept, no gradient is half there, and a smaller batch works."""
+    layers = [NF4LoRALinear(64, 48, r=4).bfloat16() for _ in range(2)]
+    for layer in layers:
+        nn.init.normal_(layer.lora_B)
+    call = NF4LoRALinearGroup(a=layers[0], b=layers[1]) if group else layers[0]
+    learned = [p for p in call.parameters() if p.requires_grad]
+
+    def step(x):
+        out = call(x)
+        sum(y.float().square().mean() for y in (out if group else (out,))).backward()
+
+    def gradients(rows):
+        x = torch.randn(rows, 64, generator=torch.Generator().manual_seed(1)).bfloat16().requires_grad_()
+        step(x)
+        found = [t.grad.clone() for t in (x, *learned)]
+        for p in learned:
+            p.grad = None
+        return found
+
+    with use_backend("cpu"):
+        wanted = gradients(8)
+        counted = Ending(-1)
+        with monkeypatch.context() as patch:
+            patch.setattr(native.host, "empty", counted)
+            gradients(32)
+        assert counted.calls >= 4
+        for last in range(counted.calls):
+            ending = Ending(last)
+            with monkeypatch.context() as patch:
+                patch.setattr(native.host, "empty", ending)
+                with pytest.raises(torch.OutOfMemoryError):
+                    gradients(32)
+            gc.collect()
+            assert not any(t() is not None for t in ending.given) and all(p.grad is None for p in learned)
+            assert all(map(torch.equal, wanted, gradients(8)))
 
 
 @pytest.mark.parametrize("autocast", [None, torch.bfloat16, torch.float16])

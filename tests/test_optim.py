@@ -526,6 +526,15 @@ def test_gradients_of_any_strides_and_parameters_of_any_size(cls):
         a.step()
         b.step()
     assert equal(ps, qs)
+    lying = params(shapes=((64, 80),))
+    across = [nn.Parameter(lying[0].detach().t().contiguous().t()), nn.Parameter(torch.ones(3, 5))]
+    assert not across[0].is_contiguous()
+    c = cls(across, **hypers(cls))
+    for i in range(2):
+        give_grads(lying, i)
+        across[0].grad, across[1].grad = lying[0].grad, torch.ones(3, 5)
+        c.step()
+    assert equal(ps, across[:1]) and not across[0].is_contiguous()
     empty = [nn.Parameter(torch.zeros(0, 4))]
     run(cls(empty), empty, 2)
 
@@ -560,9 +569,12 @@ def test_other_bad_inputs():
     embedding(torch.tensor([1, 2])).sum().backward()
     with pytest.raises(NotImplementedError, match="sparse"):
         optimizer.step()
-    double = [nn.Parameter(torch.zeros(4, dtype=torch.float64))]
-    with pytest.raises(TypeError, match="float64"):
-        run(PagedAdamW(double), double, 1)
+    for wrong in (torch.float64, torch.complex64):
+        mixed = [*params(), nn.Parameter(torch.zeros(4, dtype=wrong))]
+        before = [p.detach().clone() for p in mixed]
+        with pytest.raises(TypeError, match=str(wrong)):
+            run(PagedAdamW(mixed), mixed, 1)
+        assert all(map(torch.equal, before, [p.detach() for p in mixed]))  # none of them moved
 
 
 def test_steps_tell_autograd_that_parameters_changed():

@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from ..operands import FLOATS
 from . import skipping
 from .memory import Resident
 from .placement import chooser
@@ -32,8 +33,8 @@ class FlatOptimizer(torch.optim.Optimizer):
     skip_nonfinite: a step that finds a NaN or Inf in any gradient changes nothing, and is not counted
     budget: bytes of state to keep on a device, None for all; allow_oversubscription: hold more managed memory than a
         device has free
-    Raises: ValueError for hyper-parameters out of range; NotImplementedError for sparse gradients; RuntimeError in the
-        capture of a CUDA graph, and where memory for the states is not to be had, before any parameter has moved.
+    Raises: ValueError for hyper-parameters out of range; NotImplementedError for sparse gradients, TypeError for other
+        dtypes than float32, bfloat16 and float16, before any parameter has moved; RuntimeError in the capture of a CUDA graph, and where memory for the states is not to be had, before any parameter has moved.
     """
 
     def __init__(
@@ -86,6 +87,8 @@ class FlatOptimizer(torch.optim.Optimizer):
         for p in params:
             if p.grad.is_sparse:
                 raise NotImplementedError(f"{type(self).__name__}: found a sparse gradient, wanted a dense one")
+            if p.dtype not in FLOATS or p.grad.dtype != p.dtype:
+                raise TypeError(f"{type(self).__name__}: found {p.dtype} with a gradient of {p.grad.dtype}, wanted both one of {FLOATS}")
 
     def _step(self, moved: list[tuple[int, Tensor]]) -> None:
         flags = skipping.check(moved, self._slots) if self._options["skip_nonfinite"] else None

@@ -75,22 +75,28 @@ class Pool:
             self.pager.prefetch(chunk)
 
     def step(self, params: list[Tensor], grads: list[Tensor], slots: list[int], hyper_of: list[int], work: Work) -> None:
+        """Of `params`, some of the pool's; one of any strides is stepped as a copy, as its states lie in rows."""
+        lying = [p if p.is_contiguous() else p.contiguous() for p in params]
+        offsets = [self.offsets[p] for p in params]
         if self.pager.fits:
             with self.pager.all() as arenas:
-                self._launch(params, grads, [self.offsets[p] for p in params], slots, hyper_of, arenas, 0, work)
-            return
-        wanted = {chunk: None for p in params for chunk in self.chunks_of(p)}
-        for chunk in self.pager.stepping(list(wanted)):
-            self._step_chunk(chunk, params, grads, slots, hyper_of, work)
+                self._launch(lying, grads, offsets, slots, hyper_of, arenas, 0, work)
+        else:
+            wanted = {chunk: None for p in params for chunk in self.chunks_of(p)}
+            for chunk in self.pager.stepping(list(wanted)):
+                self._step_chunk(chunk, lying, grads, offsets, slots, hyper_of, work)
+        for p, copy in zip(params, lying, strict=True):
+            if p is not copy:
+                p.copy_(copy)
 
-    def _step_chunk(self, chunk, params, grads, slots, hyper_of, work) -> None:
+    def _step_chunk(self, chunk, params, grads, offsets, slots, hyper_of, work) -> None:
         """What of the parameters has its states in a chunk."""
         first, end = self.memory.layout.span(chunk)
         pieces = []
-        for p, g, slot, hyper in zip(params, grads, slots, hyper_of, strict=True):
-            a, b = max(self.offsets[p], first), min(self.offsets[p] + p.numel(), end)
+        for p, g, offset, slot, hyper in zip(params, grads, offsets, slots, hyper_of, strict=True):
+            a, b = max(offset, first), min(offset + p.numel(), end)
             if a < b:
-                part = slice(a - self.offsets[p], b - self.offsets[p])
+                part = slice(a - offset, b - offset)
                 pieces.append((p.view(-1)[part], g.reshape(-1)[part], a - first, slot, hyper))
         self._launch(*map(list, zip(*pieces, strict=True)), self.memory.arenas(chunk), first, work)
 
