@@ -73,7 +73,7 @@ class Calls:
     @cache
     def function(self, name: str) -> Callable[..., bytes | None]:
         """Raises: NotImplementedError where the library is not there, or is one without managed memory."""
-        loaded, why_not = native_cuda.cuda.load()
+        loaded, why_not = native_cuda.cuda.load()[0], native_cuda.cuda.why_not()
         if loaded and not hasattr(loaded, f"nf4lora_cuda_managed_{name}"):
             why_not = f"the CUDA library has none, it is of another version: {native_cuda.cuda.remedy}"
         if why_not:
@@ -89,6 +89,10 @@ class Calls:
         """torch's current one on a device."""
         torch.cuda.init()
         return torch._C._cuda_getCurrentRawStream(device.index)
+
+    def give_back(self) -> None:
+        """Memory that torch keeps for later, to the device."""
+        torch.cuda.empty_cache()
 
     def no_capture(self, stream: int) -> None:
         """Raises: RuntimeError where the stream is being captured into a CUDA graph."""
@@ -149,7 +153,11 @@ def allocate(
     calls.no_capture(stream)
     wanted = sum(-(-n * dtype.itemsize // ALIGNMENT) * ALIGNMENT for n, dtype in zip(numels, dtypes, strict=True))
     with _ROOM:
-        fits = _fits(wanted, room(device, calls), device, allow_oversubscription)
+        found = room(device, calls)
+        if found.held + wanted > found.free + found.resident - RESERVE and wanted:
+            calls.give_back()  # after a backward it is much, and not free in the eyes of CUDA
+            found = room(device, calls)
+        fits = _fits(wanted, found, device, allow_oversubscription)
         preferred = device.index if fits else HOME
         where = device.index, preferred, HOME if at_home else preferred
         return tuple(_tensor(n, dtype, device, where, stream, calls) for n, dtype in zip(numels, dtypes, strict=True))

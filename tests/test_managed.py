@@ -342,7 +342,7 @@ def test_a_chunk_there_and_back(calls, memory):
 def test_moves_are_on_a_stream_of_their_own(calls, memory):
     calls.record()
     memory.fetch(0), memory.wait(0), memory.used(0), memory.send(0)
-    lines = calls.record()
+    lines = [line for line in calls.record() if line != "cudaGetDevice"]
     (side,) = {line.split()[-1] for line in lines if line.startswith("cudaMemPrefetch")}
     assert int(side) > 1000 and not [line for line in lines if "Synchronize" in line or "Memcpy" in line]
     assert sum(line.startswith("cudaMemPrefetch") for line in lines) == 4 and len(lines) < 20
@@ -545,6 +545,27 @@ def test_nothing_moves_during_a_capture(calls, memory):
             method()
     calls.set(capturing=-2)
     memory.wait(0)
+
+
+def test_another_device_than_the_current_one(calls):
+    """Whose default stream has the same handle as that of any other: null."""
+    calls.current = 0
+    memory = Managed(LAYOUT, torch.device("cuda", 1), calls=calls)
+    for _ in range(2):
+        memory.home()
+        for chunk in range(LAYOUT.count):
+            memory.fetch(chunk)
+            memory.wait(chunk)
+            memory.used(chunk)
+            memory.send(chunk)
+    assert calls.get("device") == 0 and not calls.violations()
+
+
+def test_what_torch_keeps_for_later_is_room_too(calls, monkeypatch):
+    calls.set(card=RESERVE + 16 * PAGE, others=10 * PAGE)
+    monkeypatch.setattr(calls, "give_back", lambda: calls.set(others=0))
+    (t,) = allocate([12 * PAGE], [torch.uint8], DEVICE, calls=calls)
+    assert places(t, calls) == (0, 0)
 
 
 def test_a_device_that_does_not_share(calls):

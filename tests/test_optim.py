@@ -57,7 +57,7 @@ def equal(ps, qs):
 
 def bytes_of(optimizer, ps):
     found = [p.detach().clone() for p in ps]
-    for entry in optimizer.state_dict()["state"].values():
+    for _, entry in sorted(optimizer.state_dict()["state"].items()):
         found += [torch.as_tensor(entry[name]) for name in sorted(entry)]
     return found
 
@@ -276,6 +276,11 @@ def test_gradients_are_announced_while_the_optimizer_lives(monkeypatch):
     torch.nn.functional.linear(x, *ps).sum().backward()
     assert {id(p) for p in fetched} == {id(p) for p in ps}
     fetched.clear()
+    with monkeypatch.context() as patch:  # a backward that a CUDA graph captures
+        patch.setattr(nn.Parameter, "is_cuda", True)
+        patch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
+        torch.nn.functional.linear(x, *ps).sum().backward()
+    assert not fetched
     del optimizer
     gc.collect()
     assert not any(p._post_accumulate_grad_hooks for p in ps)
@@ -602,3 +607,203 @@ def test_slots_are_a_devices_own():
     slots.add([cpu[0], meta[0]])
     slots.add([cpu[1]])
     assert [slots.of[p] for p in (*cpu, *meta)] == [0, 1, 0] and slots.taken[torch.device("cpu")].tolist() == [0, 0]
+
+
+# ---- what users do to parameters, groups and states
+
+
+@pytest.mark.parametrize("cls", ALL)
+@pytest.mark.parametrize("shape", ((100, 80), (16, 80), (80, 64)), ids=("grown", "shrunk", "of another shape"))
+def test_a_parameter_that_changed_is_refused_before_any_moves(cls, shape):
+    ps = params(shapes=((10,), (64, 80), (64, 80)))
+    optimizer = cls(ps, skip_nonfinite=True, **hypers(cls))
+    run(optimizer, ps, 1)
+    ps[1].data = torch.randn(shape)
+    before = bytes_of(optimizer, ps)
+    give_grads(ps, 1)
+    for _ in range(2):
+        with pytest.raises(ValueError, match=r"now and was torch.float32 \[64, 80\]"):
+            optimizer.step()
+    assert all(map(torch.equal, before, bytes_of(optimizer, ps)))
+    ps[1].data = torch.randn(64, 80).bfloat16()
+    ps[1].grad = torch.randn(64, 80).bfloat16()
+    with pytest.raises(ValueError, match="found a parameter that is torch.bfloat16"):
+        optimizer.step()
+
+
+def test_groups_may_be_rearranged():
+    ours, theirs = params(shapes=((10,),) * 3), params(shapes=((10,),) * 3)
+    made = [
+        cls([{"params": ps[:1], "lr": 1e-2}, {"params": ps[1:], "lr": 0.0}], weight_decay=0.0)
+        for cls, ps in ((PagedAdamW, ours), (torch.optim.AdamW, theirs))
+    ]
+    for step in range(4):
+        for optimizer, ps in zip(made, (ours, theirs), strict=True):
+            groups = optimizer.param_groups
+            if step == 1:
+                groups[0]["params"].append(groups[1]["params"].pop(0))
+            if step == 2:
+                groups[0]["params"] += groups[1]["params"]
+                del groups[1]
+            if step == 3:
+                optimizer.state[ps[0]]["step"] = 0 if optimizer is made[0] else torch.tensor(0.0)
+            give_grads(ps, step)
+            optimizer.step()
+    for p, q in zip(ours, theirs, strict=True):
+        torch.testing.assert_close(p, q, atol=1e-6, rtol=1e-5)
+
+
+@pytest.mark.parametrize("cls", ALL)
+@pytest.mark.parametrize("skips", (False, True))
+def test_a_cleared_state_starts_anew(cls, skips):
+    ps, qs = params(), params()
+    optimizer = cls(ps, skip_nonfinite=skips, **hypers(cls))
+    run(optimizer, ps, 3)
+    saved = optimizer.state_dict()
+    for p, q in zip(ps, qs, strict=True):
+        p.data.copy_(q.data)
+    optimizer.state.clear()
+    run(optimizer, ps, 2)
+    run(other := cls(qs, skip_nonfinite=skips, **hypers(cls)), qs, 2)
+    assert equal(ps, qs) and all(map(torch.equal, bytes_of(optimizer, ps), bytes_of(other, qs)))
+    optimizer.state.clear()
+    optimizer.load_state_dict(saved)
+    other.load_state_dict(saved)
+    run(optimizer, ps, 1)
+    run(other, qs, 1)
+    assert equal(ps, qs) and len(optimizer.state_dict()["state"]) == len(ps)
+
+
+def test_looking_at_a_state_that_is_not_there_changes_nothing():
+    ps = params()
+    optimizer = PagedAdamW8bit(ps)
+    ps[0].grad = torch.ones_like(ps[0])
+    optimizer.step()
+    saved = optimizer.state_dict()
+    assert optimizer.state[ps[1]].get("step") is None
+    optimizer.state[ps[0]]["mine"] = torch.zeros(3)
+    again = optimizer.state_dict()
+    assert {i: sorted(e) for i, e in again["state"].items() if e} == {0: sorted(saved["state"][0])}
+    optimizer.load_state_dict(again)
+    copy.deepcopy((ps, optimizer))
+    run(optimizer, ps, 1)
+
+
+def test_hooks_of_the_state_dict_see_what_is_saved():
+    ps = params()
+    optimizer = AdamW8bit(ps)
+    run(optimizer, ps, 1)
+    optimizer.register_state_dict_post_hook(lambda _, saved: {"optimizer": saved})
+    saved = optimizer.state_dict()["optimizer"]
+    assert saved["state"][0]["state1"].device.type == "cpu" and "qmap1" in saved["state"][0]
+    assert optimizer.state[ps[0]]["state1"].untyped_storage().nbytes() > optimizer.state[ps[0]]["state1"].nbytes  # still the arena's
+
+
+@pytest.mark.parametrize("late", ("gradients", "a group"))
+def test_stochastic_rounding_resumes_whatever_order_states_were_made_in(late):
+    ps = params(torch.bfloat16, shapes=((64, 80), (50, 100), (7,)))
+    optimizer = PagedAdamW8bit(ps[:1] if late == "a group" else ps, lr=1e-3, stochastic_rounding=True)
+    give_grads(ps[:1], 0)
+    optimizer.step()
+    if late == "a group":
+        optimizer.add_param_group({"params": ps[1:]})
+    run(optimizer, ps, 1)
+    qs = copies(ps)
+    resumed = PagedAdamW8bit([{"params": qs[:1]}, {"params": qs[1:]}] if late == "a group" else qs, stochastic_rounding=True)
+    file = io.BytesIO()
+    torch.save(optimizer.state_dict(), file)
+    file.seek(0)
+    resumed.load_state_dict(torch.load(file, weights_only=True))
+    pairs = [(ps, optimizer), (qs, resumed), copy.deepcopy((ps, optimizer))]
+    for ts, made in pairs:
+        torch.manual_seed(4)
+        run(made, ts, 2, first=5)
+    assert equal(ps, qs) and equal(ps, pairs[2][0])
+
+
+def test_pools_round_by_draws_of_their_own():
+    ps = [nn.Parameter(torch.ones(4096, dtype=torch.bfloat16)), nn.Parameter(torch.ones(4095, dtype=torch.bfloat16))]
+    optimizer = PagedLion8bit(ps, lr=2.0**-9, stochastic_rounding=True)
+    for p in ps:
+        p.grad = -torch.ones_like(p)
+    torch.manual_seed(0)
+    optimizer.step()
+    a, b = (p.detach()[:4095] > 1 for p in ps)
+    assert 0.1 < (a != b).float().mean() < 0.9
+
+
+@pytest.mark.parametrize("cls", ALL)
+@pytest.mark.parametrize("dtype", (torch.bfloat16, torch.float64))
+def test_the_default_dtype_is_none_of_its_business(cls, dtype):
+    ps, qs = params(), params()
+    run(cls(qs, **hypers(cls)), qs, 2)
+    grads = [q.grad for q in qs]
+    before = torch.get_default_dtype()
+    try:
+        torch.set_default_dtype(dtype)
+        optimizer = cls(ps, **hypers(cls))
+        for seed in range(2):
+            made = torch.Generator().manual_seed(seed)
+            for p in ps:
+                p.grad = torch.randn(p.shape, generator=made, dtype=torch.float32)
+            optimizer.step()
+        optimizer.load_state_dict(optimizer.state_dict())
+    finally:
+        torch.set_default_dtype(before)
+    assert all(map(torch.equal, grads, [p.grad for p in ps])) and equal(ps, qs)
+
+
+@pytest.mark.filterwarnings("ignore:Paged optimizers are not supported on CPU")
+@pytest.mark.parametrize("cls", ALL)
+def test_a_fresh_state_of_ours_steps_in_bitsandbytes(cls):
+    ps = params()
+    optimizer = cls(ps, **hypers(cls))
+    run(optimizer, ps, 2)
+    theirs = copies(ps)
+    other = bnb_optimizer(cls, theirs)
+    other.load_state_dict(optimizer.state_dict())
+    run(other, theirs, 1, first=2)
+    run(optimizer, ps, 1, first=2)
+    assert all((p - q).abs().max() <= 8 * HYPERS["lr"] for p, q in zip(ps, theirs, strict=True))
+
+
+@pytest.mark.parametrize("given", ({"maximize": True}, {"amsgrad": True}, {"decoupled_weight_decay": False}, {"min_8bit_size": 0}))
+def test_what_it_would_not_do_is_refused(given):
+    (name,) = given
+    with pytest.raises(ValueError, match=name):
+        PagedAdamW8bit([{"params": params(), **given}])
+    ps = params()
+    if name != "min_8bit_size":
+        optimizer = PagedAdamW(ps)
+        saved = optimizer.state_dict()
+        saved["param_groups"][0] |= given
+        with pytest.raises(ValueError, match=name):
+            optimizer.load_state_dict(saved)
+
+
+def test_states_without_their_maps_are_taken():
+    """As torch.distributed.checkpoint gives them, which names what `state` shows."""
+    ps = params()
+    optimizer = AdamW8bit(ps)
+    run(optimizer, ps, 1)
+    saved = optimizer.state_dict()
+    for entry in saved["state"].values():
+        entry.pop("qmap1", None), entry.pop("qmap2", None)
+    optimizer.load_state_dict(saved)
+
+
+def test_frozen_parameters_that_page_have_no_hooks(monkeypatch):
+    paging_in("simulated", monkeypatch)
+    ps = params()
+    ps[1].requires_grad_(False)
+    run(PagedAdamW(ps), ps, 2)
+    assert not ps[1]._post_accumulate_grad_hooks
+
+
+def test_a_first_step_in_inference_mode():
+    ps = params()
+    optimizer = PagedAdamW(ps)
+    give_grads(ps, 0)
+    with torch.inference_mode():
+        optimizer.step()
+    optimizer.load_state_dict(optimizer.state_dict())

@@ -289,6 +289,13 @@ def test_a_tensor_without_elements(kernels):
     check(Run("adamw", False, torch.float32, shapes=((0,), (0,))))
 
 
+def test_a_check_of_nothing_but_empty_gradients(kernels):
+    steps, flag = torch.tensor([4, 7], dtype=torch.int32), torch.tensor([3], dtype=torch.int32)
+    with torch.no_grad():
+        ops.optim_check([torch.zeros(0), torch.zeros(0, 5)], steps, flag, [1, 0])
+    assert steps.tolist() == [5, 8] and flag.tolist() == [0]
+
+
 def step_beyond(library, offset):
     """A step whose arenas begin far before their only part that exists, from element `offset` on."""
     run = Run("adamw", True, torch.bfloat16, shapes=((700,), (300,)), sets=SETS[:1])

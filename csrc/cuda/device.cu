@@ -34,6 +34,9 @@ Counters *counters_of(int32_t device, void *stream, unsigned long long capture) 
 }  // namespace
 
 const char *nf4lora_cuda_why_not() {
+    int driver = 0;
+    if (cudaDriverGetVersion(&driver) == cudaSuccess && driver > 0 && driver < 12010)
+        return "the driver is older than CUDA 12.1 and takes no parameters of more than 4 KiB";
     cudaFuncAttributes attributes;
     const cudaError_t error = cudaFuncGetAttributes(&attributes, probe);
     if (error == cudaSuccess)

@@ -100,37 +100,49 @@ const char *refused() {
     return mine() ? nullptr : "this process was forked from one that uses managed memory, which is not shared: use spawn";
 }
 
-// A device, for as long as this lives; and what is called meanwhile ends no capture of this or another thread.
-class On {
+// A device, for as long as this lives.
+class Current {
 public:
-    explicit On(int device) {
+    explicit Current(int device) {
         error = cudaGetDevice(&before);
         if (error == cudaSuccess && before != device) {
             error = cudaSetDevice(device);
             moved = error == cudaSuccess;
         }
-        if (error == cudaSuccess) {
-            error = cudaThreadExchangeStreamCaptureMode(&mode);
-            relaxed = error == cudaSuccess;
-        }
     }
-    ~On() {  // an error may be of what ran before, so one is no reason to leave things as they are
-        if (relaxed && cudaThreadExchangeStreamCaptureMode(&mode) != cudaSuccess && mode != cudaStreamCaptureModeRelaxed) {
-            cudaGetLastError();
-            failed(cudaThreadExchangeStreamCaptureMode(&mode));
-        }
+    ~Current() {  // an error may be of what ran before, so one is no reason to leave things as they are
         if (moved && cudaSetDevice(before) != cudaSuccess) {
             cudaGetLastError();
             failed(cudaSetDevice(before));
         }
     }
-    On(const On &) = delete;
+    Current(const Current &) = delete;
 
     cudaError_t error;
 
 private:
     int before = 0;
-    bool moved = false, relaxed = false;
+    bool moved = false;
+};
+
+// The same; and what is called meanwhile ends no capture of this or another thread.
+class On : public Current {
+public:
+    explicit On(int device) : Current(device) {
+        if (error == cudaSuccess) {
+            error = cudaThreadExchangeStreamCaptureMode(&mode);
+            relaxed = error == cudaSuccess;
+        }
+    }
+    ~On() {
+        if (relaxed && cudaThreadExchangeStreamCaptureMode(&mode) != cudaSuccess && mode != cudaStreamCaptureModeRelaxed) {
+            cudaGetLastError();
+            failed(cudaThreadExchangeStreamCaptureMode(&mode));
+        }
+    }
+
+private:
+    bool relaxed = false;
     cudaStreamCaptureMode mode = cudaStreamCaptureModeRelaxed;
 };
 
@@ -377,12 +389,18 @@ const char *nf4lora_cuda_managed_event_create(const ManagedHandle *p) {
 const char *nf4lora_cuda_managed_event_record(const ManagedHandle *p, void *stream) {
     if (const char *why_not = refused())
         return why_not;
+    const Current on(p->device);  // of whose default stream the handle is null, as that of every device is
+    if (on.error != cudaSuccess)
+        return failed(on.error);
     return failed(cudaEventRecord(static_cast<cudaEvent_t>(*p->handle), static_cast<cudaStream_t>(stream)));
 }
 
 const char *nf4lora_cuda_managed_event_wait(const ManagedHandle *p, void *stream) {
     if (const char *why_not = refused())
         return why_not;
+    const Current on(p->device);
+    if (on.error != cudaSuccess)
+        return failed(on.error);
     return failed(cudaStreamWaitEvent(static_cast<cudaStream_t>(stream), static_cast<cudaEvent_t>(*p->handle), 0));
 }
 

@@ -21,7 +21,7 @@ def pack(run: Run) -> dict[str, bytes]:
     """Name -> bytes, for `nf4lora.hf.checkpoint.save`. The step is the number of losses; the data order follows from it."""
     optimizer = run.optimizer.state_dict()
     tensors = {f"optimizer.{i}.{key}": value for i, entry in optimizer["state"].items() for key, value in entry.items()}
-    tensors = {key: torch.as_tensor(value).detach().cpu().contiguous() for key, value in tensors.items()}
+    tensors = {key: torch.as_tensor(value).detach().cpu().clone() for key, value in tensors.items()}
     tensors |= {"losses": torch.tensor(run.losses, dtype=torch.float64)} | _random_state(run)
     state = {
         "settings": run.settings.must_match(), "data_sha256": fingerprint(run.blocks),

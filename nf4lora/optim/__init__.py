@@ -51,7 +51,8 @@ class PagedLion(Checkpointed):
     def __init__(
         self, params: Any, lr: float = 1e-4, betas: tuple[float, float] = (0.9, 0.99), weight_decay: float = 0.0, **options: Any
     ) -> None:
-        super().__init__(params, {"lr": lr, "betas": betas, "weight_decay": weight_decay}, "lion", self._BITS, self._PAGED, **options)
+        defaults = {"lr": lr, "betas": betas, "eps": 0.0, "weight_decay": weight_decay}  # eps: for bitsandbytes, which reads one
+        super().__init__(params, defaults, "lion", self._BITS, self._PAGED, **options)
 
 
 class PagedLion8bit(PagedLion):

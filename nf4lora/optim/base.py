@@ -1,6 +1,5 @@
 """`FlatOptimizer`, what the optimizers of this package have in common: pools of flat state, one launch each a step."""
 
-import math
 import weakref
 from collections.abc import Callable, Iterable
 from typing import Any, NamedTuple
@@ -10,16 +9,22 @@ from torch import Tensor
 
 from ..operands import FLOATS
 from . import skipping
+from .hypers import check_group, numbers_of
 from .memory import Resident
 from .placement import chooser
 from .pool import Kind, Pool, Work
 
 
-class _Plan(NamedTuple):
-    """ids: of the parameters; one_of_each: (group, parameter) for each set of hypers; jobs: params, slots, hyper_of of each pool."""
+_ODD = 0x9E3779B97F4A7C15  # between the seeds of pools
 
-    ids: list[int]
-    one_of_each: list[tuple[int, Tensor]]
+
+class _Plan(NamedTuple):
+    """ids: of the group and the parameter of each that moves; sets: which of the sets of hypers it takes; one_of_each: for each
+    set, who has it; jobs: params, slots, hyper_of of each pool."""
+
+    ids: list[tuple[int, int]]
+    sets: list[int]
+    one_of_each: list[int]
     jobs: dict[Pool, tuple[list[Tensor], list[int], list[int]]]
 
 
@@ -33,7 +38,8 @@ class FlatOptimizer(torch.optim.Optimizer):
     skip_nonfinite: a step that finds a NaN or Inf in any gradient changes nothing, and is not counted
     budget: bytes of state to keep on a device, None for all; allow_oversubscription: hold more managed memory than a
         device has free
-    Raises: ValueError for hyper-parameters out of range; NotImplementedError for sparse gradients, TypeError for other
+    `state` shows each parameter's step and states; states may be changed in place, not replaced.
+    Raises: ValueError for hyper-parameters out of range, and for a parameter of another shape or dtype than at its first step; NotImplementedError for sparse gradients, TypeError for other
         dtypes than float32, bfloat16 and float16, before any parameter has moved; RuntimeError in the capture of a CUDA graph, and where memory for the states is not to be had, before any parameter has moved.
     """
 
@@ -54,6 +60,7 @@ class FlatOptimizer(torch.optim.Optimizer):
 
     def _forget(self) -> None:
         """No states: what a new optimizer has, before its first step."""
+        self._pools: list[Pool] = []
         self._pool_of: dict[Tensor, Pool] = {}
         self._slots = skipping.Slots()
         self._plan: _Plan | None = None
@@ -62,6 +69,8 @@ class FlatOptimizer(torch.optim.Optimizer):
         self._plan = None
         super().add_param_group(param_group)
         try:
+            if given := self._options.keys() & self.param_groups[-1].keys():
+                raise ValueError(f"{min(given)}: found in a group, wanted for the whole optimizer")
             check_group(self.param_groups[-1])
         except ValueError:
             self.param_groups.pop()
@@ -82,45 +91,54 @@ class FlatOptimizer(torch.optim.Optimizer):
         return loss
 
     def _refuse(self, params: Iterable[Tensor]) -> None:
+        name = type(self).__name__
         if torch.cuda.is_available() and torch.cuda.is_current_stream_capturing():
-            raise RuntimeError(f"{type(self).__name__} cannot be captured in a CUDA graph: its states move; step outside the graph")
+            raise RuntimeError(f"{name} cannot be captured in a CUDA graph: its states move; step outside the graph")
         for p in params:
-            if p.grad.is_sparse:
-                raise NotImplementedError(f"{type(self).__name__}: found a sparse gradient, wanted a dense one")
-            if p.dtype not in FLOATS or p.grad.dtype != p.dtype:
-                raise TypeError(f"{type(self).__name__}: found {p.dtype} with a gradient of {p.grad.dtype}, wanted both one of {FLOATS}")
+            grad, pool = p.grad, self._pool_of.get(p)
+            if grad.is_sparse:
+                raise NotImplementedError(f"{name}: found a sparse gradient, wanted a dense one")
+            if p.dtype not in FLOATS or grad.dtype != p.dtype:
+                raise TypeError(f"{name}: found {p.dtype} with a gradient of {grad.dtype}, wanted both one of {FLOATS}")
+            if hasattr(p, "to_local"):
+                raise NotImplementedError(f"{name}: found a DTensor, wanted the local tensors of each process")
+            if pool and (p.shape != pool.shapes[p] or p.dtype != pool.kind.dtype or p.device != pool.kind.device):
+                was = f"{pool.kind.dtype} {list(pool.shapes[p])} on {pool.kind.device}"
+                raise ValueError(f"{name}: found a parameter that is {p.dtype} {list(p.shape)} on {p.device} now and was {was} when "
+                                 "its states were made; make a new optimizer for it")  # fmt: skip
 
     def _step(self, moved: list[tuple[int, Tensor]]) -> None:
-        flags = skipping.check(moved, self._slots) if self._options["skip_nonfinite"] else None
-        plan = self._plan = self._planned(moved)
-        hypers: list[float] = []
-        for group, p in plan.one_of_each:
-            hypers += _numbers(self.param_groups[group], 0 if flags else self.state[p]["step"] + 1)
+        skips = self._options["skip_nonfinite"]
+        steps = [0 if skips else self.state[p]["step"] for _, p in moved]
+        plan = self._plan = self._planned(moved, steps)
+        hypers = [v for i in plan.one_of_each for v in numbers_of(self.param_groups[moved[i][0]], steps[i] + 1)]
+        flags = skipping.check(moved, self._slots) if skips else None
         draws = self._options["stochastic_rounding"]
         seed = int(torch.randint(2**63 - 1, (1,), dtype=torch.int64, device="cpu")) if draws else None
         for pool, (params, slots, hyper_of) in plan.jobs.items():
             device = pool.kind.device
             counted = (self._slots.taken[device], flags[device]) if flags else (None, None)
-            work = Work(*counted, hypers, seed if pool.kind.dtype == torch.bfloat16 else None)
-            pool.step(params, [p.grad for p in params], slots, hyper_of, work)
-        if not flags:
-            for _, p in moved:
-                self.state[p]["step"] += 1
+            own = None if seed is None or pool.kind.dtype != torch.bfloat16 else (seed + _ODD * self._pools.index(pool)) % 2**63
+            pool.step(params, [p.grad for p in params], slots, hyper_of, Work(*counted, hypers, own))
+        if not skips:
+            for (_, p), step in zip(moved, steps, strict=True):
+                self.state[p]["step"] = step + 1
 
-    def _planned(self, moved: list[tuple[int, Tensor]]) -> "_Plan":
-        """Who is stepped with whom. Of the same parameters the same as last time: their counts go up together."""
-        ids = [id(p) for _, p in moved]
-        if self._plan and self._plan.ids == ids:
-            return self._plan
-        plan = _Plan(ids, [], {})
-        sets: dict[tuple[int, int], int] = {}  # (group, count of steps) -> which of hypers
-        for group, p in moved:
-            key = group, int(self.state[p]["step"]) if not self._options["skip_nonfinite"] else 0
-            if key not in sets:
-                sets[key] = len(sets)
-                plan.one_of_each.append((group, p))
+    def _planned(self, moved: list[tuple[int, Tensor]], steps: list[int]) -> "_Plan":
+        """Who is stepped with whom: as last time, if the same parameters of the same groups have still taken as many steps as each other."""
+        ids = [(i, id(p)) for i, p in moved]
+        old = self._plan
+        if old and old.ids == ids and all(step == steps[old.one_of_each[s]] for step, s in zip(steps, old.sets, strict=True)):
+            return old
+        plan = _Plan(ids, [], [], {})
+        numbers: dict[tuple[int, int], int] = {}  # (group, count of steps) -> which of hypers
+        for i, ((group, p), step) in enumerate(zip(moved, steps, strict=True)):
+            if (group, step) not in numbers:
+                numbers[group, step] = len(numbers)
+                plan.one_of_each.append(i)
+            plan.sets.append(numbers[group, step])
             job = plan.jobs.setdefault(self._pool_of[p], ([], [], []))
-            for values, value in zip(job, (p, self._slots.of[p], sets[key]), strict=True):
+            for values, value in zip(job, (p, self._slots.of[p], plan.sets[-1]), strict=True):
                 values.append(value)
         return plan
 
@@ -129,24 +147,33 @@ class FlatOptimizer(torch.optim.Optimizer):
     def _bits(self, p: Tensor) -> int:
         return 8 if self._options["bits"] == 8 and p.numel() >= self._options["min_8bit_size"] else 32
 
+    @torch.inference_mode(False)  # states outlive the mode they are first asked for in
+    @torch.no_grad()
     def _allocate(self, params: Iterable[Tensor]) -> None:
         """States of zeros for those that have none: of all of them, or, if memory ends, of none."""
         kinds: dict[Kind, list[Tensor]] = {}
+        lost = []
         for p in params:
             if p not in self._pool_of:
                 kinds.setdefault(Kind(p.device, p.dtype, self._bits(p)), []).append(p)
-        if not kinds:
-            return
+            elif "step" not in self.state[p]:  # somebody cleared it, to start anew
+                lost.append(p)
         o = self._options
         make = chooser(o["paged"], o["budget"], o["allow_oversubscription"])
         made = [(Pool(group, o["rule"], kind, make, o["budget"]), group) for kind, group in kinds.items()]
         for pool, group in made:
+            self._pools.append(pool)
             self._slots.add(group)
+            self._pool_of |= dict.fromkeys(group, pool)
             for p, state in pool.states().items():
-                self._pool_of[p], self.state[p] = pool, {"step": 0, **state}
+                self.state[p] = {"step": 0, **state}
             if not isinstance(pool.memory, Resident):
-                self._announce(pool, group)
-        if o["skip_nonfinite"]:  # the counts have a new home
+                self._announce(pool, [p for p in group if p.requires_grad])
+        for p in lost:
+            self.state[p] = {"step": 0, **self._pool_of[p].states()[p]}
+            for name, t in self.state[p].items():
+                t.zero_() if name != "step" else self._slots.taken[p.device][self._slots.of[p]].zero_()
+        if o["skip_nonfinite"] and (made or lost):  # the counts have a new home
             for p, slot in self._slots.of.items():
                 self.state[p]["step"] = self._slots.taken[p.device][slot]
 
@@ -155,7 +182,8 @@ class FlatOptimizer(torch.optim.Optimizer):
         found = weakref.ref(pool)
 
         def hook(p: Tensor) -> None:
-            if (alive := found()) is not None:
+            # A graph replays the backward without us: nothing is announced, which costs time only.
+            if (alive := found()) is not None and not (p.is_cuda and torch.cuda.is_current_stream_capturing()):
                 alive.prefetch(p)
 
         handles = [p.register_post_accumulate_grad_hook(hook) for p in params]
@@ -165,26 +193,3 @@ class FlatOptimizer(torch.optim.Optimizer):
 def _remove(handles: list[Any]) -> None:
     for handle in handles:
         handle.remove()
-
-
-def check_group(group: dict[str, Any]) -> None:
-    """Raises: ValueError naming the number that is none, or out of range."""
-    for name, wanted in _WANTED.items():
-        try:
-            good = name not in group or _RIGHT[name](group[name])
-        except (TypeError, ValueError):
-            good = False
-        if not good:
-            raise ValueError(f"{name}: found {group[name]!r:.80}, wanted {wanted}")
-
-
-_WANTED = {"lr": "0 or more", "betas": "two of 0 or more, below 1", "eps": "0 or more", "weight_decay": "0 or more"}
-_RIGHT = dict.fromkeys(_WANTED, lambda v: 0 <= float(v) < math.inf) | {
-    "betas": lambda v: len(v) == 2 and all(0 <= float(beta) < 1 for beta in v)
-}
-
-
-def _numbers(group: dict[str, Any], step: int) -> list[float]:
-    """One set of hypers, as `reference_optim.HYPERS` names them."""
-    beta1, beta2 = group["betas"]
-    return [float(v) for v in (group["lr"], beta1, beta2, group.get("eps", 0.0), group["weight_decay"], step)]

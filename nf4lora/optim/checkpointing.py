@@ -9,8 +9,9 @@ import torch
 from torch import Tensor
 
 from ..codebook import codebook
-from .base import FlatOptimizer, check_group
-from .saved import CODES, parts, taken
+from .base import FlatOptimizer
+from .hypers import check_group
+from .saved import CODES, Entry, parts, taken
 
 
 class Checkpointed(FlatOptimizer):
@@ -20,12 +21,14 @@ class Checkpointed(FlatOptimizer):
         """As of every torch optimizer; the states are copies on the CPU, under the names bitsandbytes has for them.
 
         {"step": int, "state1", "state2": of p's shape, and with states of 8 bits "absmax1", "absmax2" float32
-        [ceil(n/256)], "qmap1", "qmap2" float32 [256]}; Lion has no second.
+        [ceil(n/256)], "qmap1", "qmap2" float32 [256]}; Lion has no second. With stochastic rounding also "place", int64 [2].
         """
-        self._bring_home()
-        saved = super().state_dict()
-        saved["state"] = {i: _plain(entry) for i, entry in saved["state"].items()}
-        return saved
+        live = self.state
+        self.state = {**live, **self._plain()}
+        try:
+            return super().state_dict()
+        finally:
+            self.state = live
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Copies the states into the memory that they page in. Takes what `state_dict` and bitsandbytes' optimizers of the
@@ -59,17 +62,22 @@ class Checkpointed(FlatOptimizer):
             hook(self)
 
     @torch.no_grad()
-    def _take(self, entries: dict[Tensor, tuple[int, dict[str, Tensor]]]) -> None:
+    def _take(self, entries: dict[Tensor, Entry]) -> None:
         """Make these the states; a parameter without an entry starts anew."""
-        self._allocate(entries)
+        if not self._pool_of and all(place for *_, place in entries.values()):
+            pools: dict[int, list[Tensor]] = {}
+            for p, (*_, place) in sorted(entries.items(), key=lambda item: item[1][2]):
+                pools.setdefault(place[0], []).append(p)
+            for params in pools.values():
+                self._allocate(params)
+        self._allocate([*entries, *self._pool_of])
         self._plan = None
         self._bring_home()
-        for p, own in self.state.items():
-            step, tensors = entries.get(p, (0, {}))
-            for name, value in own.items():
-                if name == "step":
-                    continue
-                value.copy_(tensors[name]) if name in tensors else value.zero_()
+        for p in self._pool_of:
+            step, tensors, _ = entries.get(p, (0, {}, None))
+            own = self.state[p]
+            for name in _states(own):
+                own[name].copy_(tensors[name]) if name in tensors else own[name].zero_()
             if isinstance(own["step"], Tensor):
                 own["step"].fill_(step)
             else:
@@ -77,13 +85,25 @@ class Checkpointed(FlatOptimizer):
 
     def _bring_home(self) -> None:
         """All states where `state` has views of them."""
-        for pool in dict.fromkeys(self._pool_of.values()):
+        for pool in self._pools:
             pool.memory.home()
 
-    def __getstate__(self) -> dict[str, Any]:
+    def _plain(self) -> dict[Tensor, dict[str, Any]]:
+        """Copies of all states on the CPU, which own their memory; maps are the same for all."""
         self._bring_home()
-        states = {p: _plain(entry) for p, entry in self.state.items()}
-        return {**super().__getstate__(), "state": states, "_options": self._options}
+        maps = {name: codebook(code).clone() for name, code in (("qmap1", CODES["state1"]), ("qmap2", CODES["state2"]))}
+        found: dict[Tensor, dict[str, Any]] = {}
+        for p, pool in self._pool_of.items():
+            if "step" not in (own := self.state.get(p, {})):
+                continue
+            found[p] = {"step": int(own["step"]), **{name: own[name].to("cpu", copy=True) for name in _states(own)}}
+            found[p] |= {name: t for name, t in maps.items() if f"absmax{name[-1]}" in own}
+            if self._options["stochastic_rounding"]:
+                found[p]["place"] = torch.tensor([self._pools.index(pool), pool.offsets[p]])
+        return found
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**super().__getstate__(), "state": self._plain(), "_options": self._options}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         entries = state.pop("state", None)
@@ -95,8 +115,6 @@ class Checkpointed(FlatOptimizer):
             self._take({p: taken(entry, p, rule, self._bits(p), "state") for p, entry in entries.items()})
 
 
-def _plain(entry: dict[str, Any]) -> dict[str, Any]:
-    """Copies on the CPU, which own their memory."""
-    copies = {name: value.to("cpu", copy=True) for name, value in entry.items() if isinstance(value, Tensor) and name != "step"}
-    maps = {f"qmap{name[-1]}": codebook(CODES[f"state{name[-1]}"]).clone() for name in entry if name.startswith("absmax")}
-    return {"step": int(entry["step"]), **copies, **maps}
+def _states(entry: dict[str, Any]) -> list[str]:
+    """Names of the states and their scales, whatever else somebody put there."""
+    return [name for name in ("state1", "state2", "absmax1", "absmax2") if name in entry]

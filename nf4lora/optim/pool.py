@@ -42,32 +42,32 @@ class Pool:
         self, params: Sequence[Tensor], rule: str, kind: Kind, make_memory: Callable[[Layout, torch.device], Memory],
         budget: int | None,
     ) -> None:  # fmt: skip
-        self.rule, self.kind, self.offsets = rule, kind, {}
+        self.rule, self.kind, self.shapes, self.offsets = rule, kind, {}, {}
         numel = 0
         for p in params:
-            self.offsets[p] = numel
+            self.offsets[p], self.shapes[p] = numel, p.shape
             numel += -(-p.numel() // STATE_BLOCKSIZE) * STATE_BLOCKSIZE
         dtype = torch.uint8 if kind.bits == 8 else torch.float32
         names = NAMES[rule]
         self.memory = make_memory(Layout(numel, (dtype,) * len(names), CHUNK_BYTES // (dtype.itemsize * len(names))), kind.device)
         # A 64th of what they scale, and read with it: always on the device.
         blocks = numel // STATE_BLOCKSIZE
-        self.absmax = tuple(torch.zeros(blocks, device=kind.device) for _ in names) if kind.bits == 8 else ()
+        self.absmax = tuple(torch.zeros(blocks, dtype=torch.float32, device=kind.device) for _ in names) if kind.bits == 8 else ()
         self.pager = Pager(self.memory, budget)
 
     def states(self) -> dict[Tensor, dict[str, Tensor]]:
         """The states of each parameter by bitsandbytes' names: views of the arenas, as fresh as `home` of their memory."""
         home, found = self.memory.home(), {}
         for p, first in self.offsets.items():
-            last = first + p.numel()
-            found[p] = {name: t[first:last].view(p.shape) for name, t in zip(NAMES[self.rule], home, strict=True)}
+            last = first + self.shapes[p].numel()
+            found[p] = {name: t[first:last].view(self.shapes[p]) for name, t in zip(NAMES[self.rule], home, strict=True)}
             for i, t in enumerate(self.absmax, 1):
                 found[p][f"absmax{i}"] = t[first // STATE_BLOCKSIZE : -(-last // STATE_BLOCKSIZE)]
         return found
 
     def chunks_of(self, p: Tensor) -> range:
         size = self.memory.layout.chunk
-        return range(self.offsets[p] // size, -(-(self.offsets[p] + p.numel()) // size))
+        return range(self.offsets[p] // size, -(-(self.offsets[p] + self.shapes[p].numel()) // size))
 
     def prefetch(self, p: Tensor) -> None:
         """The parameter has its gradient, so its states are going to be wanted."""

@@ -15,6 +15,10 @@ _TORCH = {"exp_avg": "state1", "exp_avg_sq": "state2"}
 _EMPTY = {"max1", "max2", "new_max1", "new_max2", "gnorm_vec", "unorm_vec"}  # of older versions of bitsandbytes
 
 
+# Steps, states to copy, and with stochastic rounding the number of the pool and the offset in it, which draws depend on.
+Entry = tuple[int, dict[str, Tensor], tuple[int, int] | None]
+
+
 def parts(state_dict: Any) -> tuple[dict[Any, Any], list[dict[str, Any]]]:
     """The entries and the groups of a state dict. Raises: ValueError for another thing."""
     try:
@@ -29,8 +33,8 @@ def parts(state_dict: Any) -> tuple[dict[Any, Any], list[dict[str, Any]]]:
     return state, groups
 
 
-def taken(entry: dict[str, Any], p: Tensor, rule: str, bits: int, where: str) -> tuple[int, dict[str, Tensor]]:
-    """The step count and the states to copy of a saved entry, for a parameter that keeps them in `bits` bits.
+def taken(entry: dict[str, Any], p: Tensor, rule: str, bits: int, where: str) -> Entry:
+    """A saved entry, for a parameter that keeps its states in `bits` bits.
 
     Raises: ValueError naming the first thing that does not fit.
     """
@@ -47,6 +51,8 @@ def taken(entry: dict[str, Any], p: Tensor, rule: str, bits: int, where: str) ->
         wanted[name] = tuple(p.shape), torch.uint8 if coded else torch.float32
         if coded:
             wanted[f"absmax{i}"], wanted[f"qmap{i}"] = ((blocks,), torch.float32), ((256,), torch.float32)
+    place = entry.pop("place", None)
+    wanted = {name: kind for name, kind in wanted.items() if name in entry or not name.startswith("qmap")}  # they are always the same
     if different := {"step", *wanted} ^ entry.keys():
         name = min(different, key=str)
         raise ValueError(f"{where}: {'no ' if name not in entry else 'unexpected '}{name}, wanted {_kind(rule, bits)}")
@@ -57,7 +63,10 @@ def taken(entry: dict[str, Any], p: Tensor, rule: str, bits: int, where: str) ->
             raise ValueError(f"{where}.{name}: found {found}, wanted {dtype} {list(shape)}: {_kind(rule, bits)}")
         if name.startswith("qmap") and not torch.equal(value.cpu(), codebook(CODES[f"state{name[-1]}"])):
             raise ValueError(f"{where}.{name}: found another map than the dynamic one of bitsandbytes")
-    return _count(entry["step"], where), {name: entry[name] for name in wanted if not name.startswith("qmap")}
+    if place is not None and not (isinstance(place, Tensor) and place.dtype == torch.int64 and place.shape == (2,)):
+        raise ValueError(f"{where}.place: found {place!r:.80}, wanted torch.int64 [2]")
+    states = {name: entry[name] for name in wanted if not name.startswith("qmap")}
+    return _count(entry["step"], where), states, None if place is None else tuple(place.tolist())
 
 
 def _count(step: Any, where: str) -> int:

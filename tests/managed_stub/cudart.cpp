@@ -45,6 +45,7 @@ struct State {
     std::map<uintptr_t, Clock> streams;
     std::map<uintptr_t, Clock> events;
     std::set<uintptr_t> live_streams;
+    std::map<uintptr_t, int> device_of;  // of streams and events that were made
     uintptr_t last_handle = 1000;
     std::vector<std::string> record, violations;
     int64_t calls = 0, fail_at = 0;
@@ -290,6 +291,7 @@ cudaError_t CUDARTAPI cudaStreamCreateWithFlags(cudaStream_t *stream, unsigned f
     ENTER_OR_FAIL("cudaStreamCreateWithFlags %u", flags);
     *stream = reinterpret_cast<cudaStream_t>(++s.last_handle);
     s.live_streams.insert(s.last_handle);
+    s.device_of[s.last_handle] = s.device;
     return cudaSuccess;
 }
 
@@ -305,6 +307,7 @@ cudaError_t CUDARTAPI cudaEventCreateWithFlags(cudaEvent_t *event, unsigned flag
     ENTER_OR_FAIL("cudaEventCreateWithFlags %u", flags);
     *event = reinterpret_cast<cudaEvent_t>(++s.last_handle);
     s.events[s.last_handle] = {};
+    s.device_of[s.last_handle] = s.device;
     return cudaSuccess;
 }
 
@@ -312,6 +315,11 @@ cudaError_t CUDARTAPI cudaEventRecord(cudaEvent_t event, cudaStream_t stream) {
     ENTER_OR_FAIL("cudaEventRecord %zu stream %zu", number(event), number(stream));
     if (!s.events.count(number(event)) || (number(stream) > 1000 && !s.live_streams.count(number(stream)))) {
         violation("cudaEventRecord of what is destroyed");
+        return error_of(cudaErrorInvalidResourceHandle);
+    }
+    const auto on = s.device_of.find(number(stream));
+    if (s.device_of[number(event)] != (on != s.device_of.end() ? on->second : s.device)) {  // null is the current device's
+        violation("cudaEventRecord of an event of another device than the stream's");
         return error_of(cudaErrorInvalidResourceHandle);
     }
     s.events[number(event)] = tick(number(stream));
