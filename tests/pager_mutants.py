@@ -114,7 +114,7 @@ STAGED_ORDER = [
     ('        self._streams.wait("out", after)\n', '        self._streams.wait("in", after)\n'),
     ("            self._copy_out(chunk, here.used)", "            self._copy_out(chunk, here.fetched)"),
     ('free = self._streams.record("current")', 'free = self._streams.record("in")'),
-    ('self._copy_out(chunk, self._streams.record("current"))', 'self._copy_out(chunk, self._streams.record("out"))'),
+    ('        launched = self._streams.record("current")', '        launched = self._streams.record("out")'),
     ("        self._streams.synchronize()\n", ""),
     ('            self._streams.wait("current", self._streams.record("out"))\n', ""),
     ('            here.fetched = here.used = self._streams.record("in")\n', ""),

@@ -163,10 +163,10 @@ class Staged(Memory):
         return self._slots
 
     def home(self) -> Sequence[Tensor]:
+        launched = self._streams.record("current")
         for chunk, here in self._here.items():
             if here.changed:
-                self._streams.wait("out", here.used)  # on whatever stream that was
-                self._copy_out(chunk, self._streams.record("current"))
+                self._copy_out(chunk, launched)
         self._streams.synchronize()
         for here in self._here.values():
             here.changed, here.stale, here.leaving = False, True, False
