@@ -27,9 +27,9 @@ from nf4lora import backends
 
 from .bench_layer import case
 from .files import write
-from .harness import Case, options, run
+from .harness import Case, counted, options, run
 from .layer import OURS, SEVEN, Call, Work
-from .timing import Contender
+from .timing import Contender, launched
 
 # A call makes 60 launches at most (q, k, v backward in peft), and the queue of a device takes 1024.
 CALLS = 16
@@ -136,22 +136,7 @@ def launches(contender: Contender) -> int | None:
     with contender.forced(), alone.mode():
         (once,) = alone.ready(1)
         _wait()
-        with torch.profiler.profile() as profile:
-            once()
-            _wait()
-    on_device = (e for e in profile.events() if e.device_type == torch.autograd.DeviceType.CUDA)
-    return sum(not e.is_user_annotation for e in on_device) or None
-
-
-def counted(cases: Iterable[Case], rows: Iterable[dict[str, Any]]) -> list[dict[str, Any]]:
-    """The launches of every contender that has a row."""
-    timed = {(row["group"], row["case"], row["contender"]) for row in rows}
-    return [
-        {"group": found.group, "case": found.name, "contender": name, "launches": launches(contender)}
-        for found in cases
-        for name, contender in found.contenders.items()
-        if (found.group, found.name, name) in timed
-    ]
+        return launched(once)
 
 
 def measure(stem: str, chosen: Iterable[tuple[Work, bool]], out: Path, device: str, rounds: int = ROUNDS) -> int:
@@ -166,7 +151,7 @@ def measure(stem: str, chosen: Iterable[tuple[Work, bool]], out: Path, device: s
     finally:
         if path.exists():
             document = json.loads(path.read_text())
-            write(path, document | {"launches": counted(made, document["rows"])})
+            write(path, document | {"launches": counted(made, document["rows"], launches)})
 
 
 def _wait() -> None:

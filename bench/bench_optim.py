@@ -38,7 +38,7 @@ from .bench_optim_cases import (
 from .bench_optim_meter import OptimMeter, launches
 from .bench_optim_steps import PLACES, Away, Move, Through, Work, lora_shapes
 from .files import write
-from .harness import Case, options, run
+from .harness import Case, counted, options, run
 
 KINDS = ("resident", "moves", "hidden", "full", "blocks", "spike")
 
@@ -96,17 +96,6 @@ def cases(
         yield from (case(spike_case, plain, budget, backend, absent) for budget in (SPIKE_BUDGET, None))
 
 
-def counted(made: Iterable[Case], rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
-    """The launches of every contender that has a row."""
-    timed = {(row["group"], row["case"], row["contender"]) for row in rows}
-    return [
-        {"group": case.group, "case": case.name, "contender": name, "launches": launches(contender)}
-        for case in made
-        for name, contender in case.contenders.items()
-        if (case.group, case.name, name) in timed and not contender.ceiling
-    ]
-
-
 def hidden(rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
     """Of each backward of 100 ms and step: the part of its states' two moves that it took no longer for."""
     alone: dict[tuple[str, str], float] = {}
@@ -147,7 +136,7 @@ def measure(
                     f"{found['case']}, {found['contender']}: {found['hidden'][0]:.1%} of {found['moves_ms']:.2f} ms hidden",
                     flush=True,
                 )
-            write(path, document | {"launches": counted(made, document["rows"])})
+            write(path, document | {"launches": counted(made, document["rows"], launches, ceilings=False)})
 
 
 def main() -> int:

@@ -9,7 +9,7 @@ import torch
 
 from .bench_optim_backward import CYCLES_MS
 from .bench_optim_steps import Timed
-from .timing import Contender
+from .timing import Contender, launched
 
 LONGEST_HOLD_MS = 64.0
 
@@ -102,8 +102,4 @@ def launches(contender: Contender) -> int | None:
     with contender.forced():
         call.before()
         idle("cuda")
-        with torch.profiler.profile() as profile:
-            call.go()
-            idle("cuda")
-    on_device = (e for e in profile.events() if e.device_type == torch.autograd.DeviceType.CUDA)
-    return sum(not e.is_user_annotation for e in on_device) or None
+        return launched(call.go)

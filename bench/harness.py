@@ -155,6 +155,19 @@ def run(
     return 1 if failed else 0
 
 
+def counted(
+    cases: Iterable[Case], rows: Iterable[dict[str, Any]], launches: Callable[[Contender], int | None], ceilings: bool = True
+) -> list[dict[str, Any]]:
+    """The launches of every contender that has a row; without `ceilings`, of those that are none."""
+    timed = {(row["group"], row["case"], row["contender"]) for row in rows}
+    return [
+        {"group": case.group, "case": case.name, "contender": name, "launches": launches(contender)}
+        for case in cases
+        for name, contender in case.contenders.items()
+        if (case.group, case.name, name) in timed and (ceilings or not contender.ceiling)
+    ]
+
+
 def line(row: Row) -> str:
     """A row as text."""
     share = f" {row.of_ceiling.median:6.1%} of the copy" if row.of_ceiling else ""

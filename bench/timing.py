@@ -102,6 +102,15 @@ class _WallSample:
         return None
 
 
+def launched(call: Callable[[], Any]) -> int | None:
+    """Kernels, copies and fills of a call on the device, which is idle before; None where there are none."""
+    with torch.profiler.profile() as profile:
+        call()
+        torch.cuda.synchronize()
+    on_device = (e for e in profile.events() if e.device_type == torch.autograd.DeviceType.CUDA)
+    return sum(not e.is_user_annotation for e in on_device) or None
+
+
 def cold_sets(bytes_per_call: int, l2_bytes: int) -> int:
     """Sets of buffers that three times fill the L2 cache: a call then finds nothing of its own there."""
     return max(2, math.ceil(3 * l2_bytes / max(bytes_per_call, 1)))
