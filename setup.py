@@ -23,7 +23,7 @@ STRICT = "-Werror all-warnings -Xptxas -Werror".split()  # set by CI; a newer nv
 X86 = platform.machine() in ("x86_64", "AMD64")
 AVX2 = ["-mavx2", "-mfma", "-mf16c"]
 AVX512 = [*AVX2, *"-mavx512f -mavx512bw -mavx512vl -mavx512dq -mprefer-vector-width=512".split()]
-ISAS = {"portable": []} | ({"avx2": AVX2, "avx512": AVX512} if X86 else {})
+ISAS = {"portable": []} | ({"avx2": AVX2, "avx512": AVX512, "avx512vbmi": [*AVX512, "-mavx512vbmi"]} if X86 else {})
 
 
 def compiler() -> list[str]:

@@ -114,8 +114,8 @@ constexpr DynamicCells kSignedCells = derive_dynamic_cells(kDynamicCodebook);
 constexpr DynamicCells kUnsignedCells = derive_dynamic_cells(kUnsignedDynamicCodebook);
 static_assert(kSignedCells.value[255] == 1.0f && kUnsignedCells.value[255] == 1.0f, "a cell has one boundary at most");
 
-// The code of v, which is NaN or in [-1.01, 1.01]; any other finds some code.
-NF4LORA_HD uint32_t encode_in_cell(const DynamicCells &cells, float v) {
+// Of `below`, from its start, where v belongs, which is NaN or in [-1.01, 1.01]; any other belongs somewhere.
+NF4LORA_HD int32_t place_of_cell(float v) {
     uint32_t bits, biased;
     memcpy(&bits, &v, sizeof bits);
     constexpr uint32_t kBiasBits = (127 - 14) << 23;
@@ -125,8 +125,12 @@ NF4LORA_HD uint32_t encode_in_cell(const DynamicCells &cells, float v) {
     const float sum = v + bias;
     memcpy(&biased, &sum, sizeof biased);
     const int32_t sign = static_cast<int32_t>(biased) >> 31, place = static_cast<int32_t>(biased >> kCellShift);
-    const int32_t cell = (sign & ~kCellMask) | (place & kCellMask);
-    const uint32_t below = cells.below[kHalfCells + cell];
+    return kHalfCells + ((sign & ~kCellMask) | (place & kCellMask));
+}
+
+// The code of such a v.
+NF4LORA_HD uint32_t encode_in_cell(const DynamicCells &cells, float v) {
+    const uint32_t below = cells.below[place_of_cell(v)];
     return below + !(v <= cells.boundary[below]);
 }
 

@@ -156,7 +156,7 @@ class Library(OptimRows):
 
 
 class HostLibrary(Library):
-    """libnf4lora_cpu.so. `isa()`: "avx512", "avx2" or "portable"; None without a library."""
+    """libnf4lora_cpu.so. `isa()`: "avx512vbmi", "avx512", "avx2" or "portable"; None without a library."""
 
     def isa(self) -> str | None:
         if not (loaded := self.load()[0]):

@@ -15,6 +15,7 @@ import torch
 from nf4lora import abi, heuristics, native, native_cuda, native_optim, ops, reference_optim
 
 CSRC = Path(__file__).parents[1] / "csrc"
+ISAS = ("portable", "avx2", "avx512", "avx512vbmi")
 KINDS = {
     "int64_t": ctypes.c_int64, "int32_t": ctypes.c_int32, "float": ctypes.c_float, "double": ctypes.c_double, "Weight": abi.Weight,
     "Dropout": abi.Dropout, "LinearConfig": abi.LinearConfig, "CudaConfig": abi.CudaConfig,
@@ -106,10 +107,11 @@ def test_the_functions_of_the_api_are_exported_and_nothing_else(library):
 def processor_has(isa):
     flags = set(Path("/proc/cpuinfo").read_text().split()) if Path("/proc/cpuinfo").exists() else set()
     wanted = {"portable": set(), "avx2": {"avx2", "fma", "f16c"}, "avx512": {"avx512f", "avx512bw", "avx512vl", "avx512dq", "avx2"}}
+    wanted["avx512vbmi"] = wanted["avx512"] | {"avx512vbmi"}
     return wanted[isa] <= flags
 
 
-@pytest.mark.parametrize("isa", ["portable", "avx2", "avx512"])
+@pytest.mark.parametrize("isa", ISAS)
 def test_selftest_under_each_instruction_set(isa):
     env = os.environ | {"NF4LORA_CPU_ISA": isa}
     done = subprocess.run([sys.executable, "-m", "nf4lora.selftest", "cpu"], env=env, capture_output=True, text=True)
@@ -136,7 +138,7 @@ for dtype in (torch.float32, torch.bfloat16, torch.float16):
 print(native.host.isa(), h.hexdigest())
 """
     sums = {}
-    for isa in filter(processor_has, ("portable", "avx2", "avx512")):
+    for isa in filter(processor_has, ISAS):
         done = subprocess.run([sys.executable, "-c", code], env=os.environ | {"NF4LORA_CPU_ISA": isa}, capture_output=True, text=True, check=True)
         name, sums[isa] = done.stdout.split()
         assert name == isa

@@ -15,6 +15,9 @@
 #define NF4LORA_ISA avx512
 #include "ops.h"
 #undef NF4LORA_ISA
+#define NF4LORA_ISA avx512vbmi
+#include "ops.h"
+#undef NF4LORA_ISA
 #endif
 
 namespace {
@@ -22,7 +25,7 @@ namespace {
 using namespace nf4lora;
 
 constexpr const char *kNoIsa =
-    "nf4lora: NF4LORA_CPU_ISA names an instruction set that this processor lacks; it may be avx512, avx2 or portable";
+    "nf4lora: NF4LORA_CPU_ISA names an instruction set that this processor lacks; it may be avx512vbmi, avx512, avx2 or portable";
 
 struct Ops {
     const char *name;
@@ -50,7 +53,9 @@ Ops choose() {
     const bool avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c");
     const bool avx512 = avx2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
                         __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq");
-    const Ops all[] = {NF4LORA_OPS(avx512, avx512), NF4LORA_OPS(avx2, avx2), NF4LORA_OPS(portable, true)};
+    const bool avx512vbmi = avx512 && __builtin_cpu_supports("avx512vbmi");
+    const Ops all[] = {NF4LORA_OPS(avx512vbmi, avx512vbmi), NF4LORA_OPS(avx512, avx512), NF4LORA_OPS(avx2, avx2),
+                       NF4LORA_OPS(portable, true)};
 #else
     const Ops all[] = {NF4LORA_OPS(portable, true)};
 #endif

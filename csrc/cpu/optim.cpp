@@ -4,7 +4,7 @@
 // Rounding:      nf4lora/reference_optim.py to the bit: each operation in float32, in its order
 // Preconditions: offsets are multiples of 256, so that no two parameters share a block; ops.py checks the rest
 // Memory:        reads and writes each operand once; no allocation
-#include "../optim.h"
+#include "codes.h"
 #include "ops.h"
 #include "philox.h"
 
@@ -22,43 +22,89 @@ float absmax_of(const float *values, int64_t count) {
     return float_of(static_cast<uint32_t>(bits));
 }
 
-// A state's values of one block, from an arena where they are float32 or codes.
-struct State {
-    void *arena;
-    float *absmax;
-    const DynamicCells *cells;
+NF4LORA_INLINE void decode_block(const DynamicMap &map, float scale, const uint8_t *codes, int64_t count, float *values) {
+    uint8_t padded[kStateBlock] = {};
+    if (count < kStateBlock)
+        codes = static_cast<const uint8_t *>(memcpy(padded, codes, count));
+    for (int first = 0; first < kStateBlock; first += kGroup) {
+        Vec v[kGroupVecs];
+        decode_group(map, codes + first, v);
+        for (int i = 0; i < kGroupVecs; ++i)
+            store(values + first + i * kWidth, v[i] * broadcast(scale));
+    }
+}
 
-    void load(int64_t first, int64_t count, float *values) const {
-        if (!absmax) {
-            memcpy(values, static_cast<const float *>(arena) + first, count * sizeof(float));
-            return;
-        }
-        const uint8_t *codes = static_cast<const uint8_t *>(arena) + first;
-        const float scale = absmax[first / kStateBlock];
-        for (int64_t i = 0; i < count; ++i)
-            values[i] = cells->value[codes[i]] * scale;
+NF4LORA_INLINE void encode_values(const DynamicMap &map, const float *values, float inv, uint8_t *codes) {
+    Vec v[kGroupVecs];
+    NF4LORA_UNROLL
+    for (int i = 0; i < kGroupVecs; ++i)
+        v[i] = load(values + i * kWidth) * broadcast(inv);
+    encode_group(map, v, codes);
+}
+
+// A state of 8 bits while its block is stepped.
+struct Coded {
+    const DynamicMap &map;
+    uint8_t *codes;
+    float &absmax;
+    float values[kStateBlock], inv;
+
+    Coded(const DynamicMap &map, void *arena, float *absmax, int64_t first, int64_t count)
+        : map(map), codes(static_cast<uint8_t *>(arena) + first), absmax(absmax[first / kStateBlock]) {
+        decode_block(map, this->absmax, codes, count, values);
     }
 
-    void store(int64_t first, int64_t count, const float *values) const {
-        if (!absmax) {
-            memcpy(static_cast<float *>(arena) + first, values, count * sizeof(float));
-            return;
-        }
-        uint8_t *codes = static_cast<uint8_t *>(arena) + first;
-        const float largest = absmax_of(values, count), inv = reciprocal(largest);
-        absmax[first / kStateBlock] = largest;
+    void scale(int64_t count) {
+        absmax = absmax_of(values, count);
+        inv = reciprocal(absmax);
+    }
+
+    bool is_whole(int64_t count) const { return count == kStateBlock && absmax <= std::numeric_limits<float>::max(); }
+
+    void encode_group(int first) { encode_values(map, values + first, inv, codes + first); }
+
+    // What is not whole: the rest of a tensor, or infinities and what is not a number.
+    void encode_each(int64_t count) {
         for (int64_t i = 0; i < count; ++i)
-            codes[i] = static_cast<uint8_t>(encode_in_cell(*cells, values[i] * inv));
+            codes[i] = static_cast<uint8_t>(encode_in_cell(*map.all, values[i] * inv));
     }
 };
+
+NF4LORA_INLINE void adamw_moments(const OptimConstants &c, float g, float &m, float &v) {
+    m = m * c.beta1 + g * c.rest1;
+    v = v * c.beta2 + (g * c.rest2) * g;
+}
+
+NF4LORA_INLINE float adamw_param(const OptimConstants &c, float p, float m, float v) {
+    return p * c.keep - (m / (__builtin_sqrtf(v) / c.root + c.eps)) * c.step_size;
+}
 
 void adamw(const OptimConstants &c, int64_t count, float *__restrict p, const float *__restrict g, float *__restrict m,
            float *__restrict v) {
     for (int64_t i = 0; i < count; ++i) {
-        m[i] = m[i] * c.beta1 + g[i] * c.rest1;
-        v[i] = v[i] * c.beta2 + (g[i] * c.rest2) * g[i];
-        p[i] = p[i] * c.keep - (m[i] / (__builtin_sqrtf(v[i]) / c.root + c.eps)) * c.step_size;
+        adamw_moments(c, g[i], m[i], v[i]);
+        p[i] = adamw_param(c, p[i], m[i], v[i]);
     }
+}
+
+void adamw(const OptimConstants &c, int64_t count, float *__restrict p, const float *__restrict g, Coded &m, Coded &v) {
+    for (int64_t i = 0; i < count; ++i)
+        adamw_moments(c, g[i], m.values[i], v.values[i]);
+    m.scale(count);
+    v.scale(count);
+    if (m.is_whole(count) && v.is_whole(count)) {
+        for (int first = 0; first < kStateBlock; first += kGroup) {  // divisions take long, lookups run beside them
+            for (int i = first; i < first + kGroup; ++i)
+                p[i] = adamw_param(c, p[i], m.values[i], v.values[i]);
+            m.encode_group(first);
+            v.encode_group(first);
+        }
+        return;
+    }
+    for (int64_t i = 0; i < count; ++i)
+        p[i] = adamw_param(c, p[i], m.values[i], v.values[i]);
+    m.encode_each(count);
+    v.encode_each(count);
 }
 
 void lion(const OptimConstants &c, int64_t count, float *__restrict p, const float *__restrict g, float *__restrict m) {
@@ -68,6 +114,15 @@ void lion(const OptimConstants &c, int64_t count, float *__restrict p, const flo
         p[i] = p[i] * c.keep - sign * c.lr;
         m[i] = m[i] * c.beta2 + g[i] * c.rest2;
     }
+}
+
+void lion(const OptimConstants &c, int64_t count, float *__restrict p, const float *__restrict g, Coded &m) {
+    lion(c, count, p, g, m.values);
+    m.scale(count);
+    if (!m.is_whole(count))
+        return m.encode_each(count);
+    for (int first = 0; first < kStateBlock; first += kGroup)
+        m.encode_group(first);
 }
 
 // Of a block that begins at index `first`; the results are values of bfloat16.
@@ -85,21 +140,28 @@ void round_stochastically(int64_t seed, int64_t first, int64_t count, float *val
     }
 }
 
+void step_states(const OptimParams &p, const OptimConstants &c, int64_t first, int64_t count, float *param, const float *grad) {
+    if (p.absmax1) {
+        Coded m{kSignedMap, p.state1, p.absmax1, first, count};
+        if (p.kind == kLion)
+            return lion(c, count, param, grad, m);
+        Coded v{kUnsignedMap, p.state2, p.absmax2, first, count};
+        return adamw(c, count, param, grad, m, v);
+    }
+    float *m = static_cast<float *>(p.state1) + first;
+    if (p.kind == kLion)
+        return lion(c, count, param, grad, m);
+    adamw(c, count, param, grad, m, static_cast<float *>(p.state2) + first);
+}
+
 void step_block(const OptimParams &p, const OptimTensor &of, const OptimConstants &c, int64_t block) {
-    float values[kStateBlock], grads[kStateBlock], m[kStateBlock], v[kStateBlock];
     const int64_t at = block * kStateBlock, first = of.offset + at, count = min_of(kStateBlock, of.numel - at);
-    const State state1{p.state1, p.absmax1, &kSignedCells}, state2{p.state2, p.absmax2, &kUnsignedCells};
+    if (p.dtype == kFloat32)
+        return step_states(p, c, first, count, static_cast<float *>(of.param) + at, static_cast<const float *>(of.grad) + at);
+    float values[kStateBlock], grads[kStateBlock] = {};
     load_elements(of.param, p.dtype, at, count, values);
     load_elements(of.grad, p.dtype, at, count, grads);
-    state1.load(first, count, m);
-    if (p.kind == kLion) {
-        lion(c, count, values, grads, m);
-    } else {
-        state2.load(first, count, v);
-        adamw(c, count, values, grads, m, v);
-        state2.store(first, count, v);
-    }
-    state1.store(first, count, m);
+    step_states(p, c, first, count, values, grads);
     if (p.stochastic)
         round_stochastically(p.seed, p.origin + first, count, values);
     store_elements(of.param, p.dtype, at, count, values);
