@@ -130,9 +130,10 @@ def test_install_with_a_compiler_that_is_not_there_says_so(tree, tmp_path):
     assert "no C++ compiler found" in done.stderr
 
 
-# A compiler that says how it was called and writes an empty file; as nvcc, it knows sm_80 and sm_90.
+# A compiler that says how it was called and writes an empty file; as nvcc, it knows sm_80 and sm_90, and is 12.1 unless told.
 PRETENDER = """#!/bin/sh
 echo "called: $0 $*"
+[ "$1" = --version ] && echo "Cuda compilation tools, release ${PRETENDED:-12.1}, V0"
 [ "$1" = --list-gpu-code ] && echo sm_80 sm_90
 while [ $# -gt 0 ]; do [ "$1" = -o ] && : > "$2"; shift; done
 """
@@ -152,6 +153,12 @@ def built(tree, folder, *tools, **env):
 def test_install_without_nvcc_says_so_and_goes_on(tree, tmp_path):
     out, libraries = built(tree, tmp_path, NF4LORA_CUDA_ARCHS="80")
     assert out.count("nf4lora: no nvcc found, going on without the CUDA kernels") == 1
+    assert libraries == {"libnf4lora_cpu.so"}
+
+
+def test_an_nvcc_that_is_too_old_is_not_used(tree, tmp_path):
+    out, libraries = built(tree, tmp_path, "nvcc", **ONE_ARCH, PRETENDED="12.0")
+    assert out.count("nf4lora: this nvcc is 12.0, wanted 12.1 or newer; going on without the CUDA kernels") == 1
     assert libraries == {"libnf4lora_cpu.so"}
 
 
