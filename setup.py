@@ -19,7 +19,6 @@ HEADERS = sorted(str(p) for p in [*Path("csrc").rglob("*.h"), *Path("csrc").rglo
 FLAGS = "-O3 -std=c++17 -fPIC -fvisibility=hidden -ffp-contract=off -fno-math-errno -Wall -Wextra -Icsrc -Inf4lora".split()
 NVCC_FLAGS = ("-O3 -std=c++17 --fmad=false -cudart static --threads 2 -Xptxas -warn-spills,-warn-lmem-usage "
               "-Xcompiler -fPIC,-fvisibility=hidden,-Wall,-Wextra -Xlinker -z,relro,-z,now,--exclude-libs,ALL -Icsrc -Inf4lora").split()
-OLDEST_NVCC = 12, 1  # whose kernels take more than 4 KiB of parameters
 STRICT = "-Werror all-warnings -Xptxas -Werror".split()  # set by CI; a newer nvcc's new warning is no reason not to install
 X86 = platform.machine() in ("x86_64", "AMD64")
 AVX2 = ["-mavx2", "-mfma", "-mf16c"]
@@ -39,13 +38,12 @@ def cuda() -> list[str]:
     wanted = [a for a in re.split(r"[\s;,]+", os.environ.get("NF4LORA_CUDA_ARCHS", "75 80 86 89 90a 100 120")) if a]
     folders = [*(f"{os.environ[v]}/bin" for v in ("CUDA_HOME", "CUDA_PATH") if os.environ.get(v)), os.environ.get("PATH", "")]
     nvcc = shutil.which("nvcc", path=os.pathsep.join(folders))
-    if not wanted or not nvcc:
-        print(f"nf4lora: {'no nvcc found' if wanted else 'NF4LORA_CUDA_ARCHS is empty'}, going on without the CUDA kernels")
-        return []
-    version = re.search(r"release (\d+)\.(\d+)", subprocess.run([nvcc, "--version"], capture_output=True, text=True, check=True).stdout)
-    if version and tuple(map(int, version.groups())) < OLDEST_NVCC:
-        print(f"nf4lora: this nvcc is {'.'.join(version.groups())}, wanted {'.'.join(map(str, OLDEST_NVCC))} or newer; going on "
-              "without the CUDA kernels")  # fmt: skip
+    why = "" if wanted and nvcc else "no nvcc found" if wanted else "NF4LORA_CUDA_ARCHS is empty"
+    version = "" if why else subprocess.run([nvcc, "--version"], capture_output=True, text=True, check=True).stdout
+    if (told := re.search(r"release (\d+)\.(\d+)", version)) and (int(told[1]), int(told[2])) < (12, 1):  # whose kernels take 4 KiB of parameters, not more
+        why = f"found nvcc {told[1]}.{told[2]}, wanted 12.1 or newer"
+    if why:
+        print(f"nf4lora: {why}, going on without the CUDA kernels")
         return []
     known = subprocess.run([nvcc, "--list-gpu-code"], capture_output=True, text=True, check=True).stdout.split()
     archs = [a for a in wanted if f"sm_{a.rstrip('af')}" in known]

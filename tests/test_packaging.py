@@ -158,7 +158,7 @@ def test_install_without_nvcc_says_so_and_goes_on(tree, tmp_path):
 
 def test_an_nvcc_that_is_too_old_is_not_used(tree, tmp_path):
     out, libraries = built(tree, tmp_path, "nvcc", **ONE_ARCH, PRETENDED="12.0")
-    assert out.count("nf4lora: this nvcc is 12.0, wanted 12.1 or newer; going on without the CUDA kernels") == 1
+    assert out.count("nf4lora: found nvcc 12.0, wanted 12.1 or newer, going on without the CUDA kernels") == 1
     assert libraries == {"libnf4lora_cpu.so"}
 
 
