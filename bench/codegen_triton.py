@@ -89,22 +89,38 @@ def quantize_absmax() -> Variant:
     )  # fmt: skip
 
 
-def optim_step(kind: str, dtype: str, coded: bool = True, whole: bool = True, stochastic: bool = False) -> Variant:
-    """whole: of tensors that begin at multiples of 16 bytes and have multiples of 8 elements."""
+_DOUBLES = ("DADD", "DMUL", "DFMA", "DSETP")
+
+
+def optim_step(kind: str, dtype: str, coded: bool = True, whole: bool = True, stochastic: bool = False, counted: bool = False) -> Variant:
+    """whole: of tensors that begin at multiples of 16 bytes and have multiples of 8 elements. counted: with steps and a flag."""
     config, state, both = triton_optim.config(), "*u8" if coded else "*fp32", kind == "adamw"
     kinds = {"state1_ptr": state, "state2_ptr": state, "absmax1_ptr": "*fp32", "absmax2_ptr": "*fp32", "codebook1_ptr": "*fp32",
              "codebook2_ptr": "*fp32", "cells1_ptr": "*i64", "cells2_ptr": "*i64"}  # fmt: skip
     absent = [n for n in kinds if ("2" in n and not both) or ("state" not in n and not coded)]
     pointers = {"like_ptr": TYPES[dtype], "table_ptr": "*i64", "constants_ptr": "*fp32"}
     pointers |= {n: k for n, k in kinds.items() if n not in absent}
+    counts = "steps_ptr", "flag_ptr"
+    pointers, absent = (pointers | dict.fromkeys(counts, "*i32"), absent) if counted else (pointers, [*absent, *counts])
     constants = {"STOCHASTIC": stochastic, "WHOLE": whole, "ASM": True, "BLOCK": STATE_BLOCKSIZE, "WEIGHTS": config.weights}
-    more = ("" if whole else ", anywhere") + (", stochastic" if stochastic else "")
+    more = ("" if whole else ", anywhere") + (", stochastic" if stochastic else "") + (", counted" if counted else "")
     # Parameters and gradients in runs of 16 bytes, codes in runs of 8. No FFMA: but of a division or a root, which are made of them
     must = (("LDG.64", "STG.64") if coded else ()) + ("LDG.128", "STG.128") if whole else ()
-    must_not = (*(s for s in SLOW if s != "CALL"), *(() if coded or both else ("CALL", "FFMA")))
+    must_not = (*(s for s in SLOW if s != "CALL" and not (counted and s in _DOUBLES)), *(() if coded or both else ("CALL", "FFMA")))
     return Variant(
         f"optim_step<{kind}, {dtype}, {'8-bit' if coded else 'float32'}{more}>", "optim.optim_step_kernel", pointers, "count", "i32",
         constants | dict.fromkeys(absent), config.warps, config.weights, must, must_not, numbers={"halvings": "i32"},
+    )  # fmt: skip
+
+
+def optim_check(dtype: str, whole: bool = True) -> Variant:
+    """whole: as `optim_step` has it."""
+    config = triton_optim.check_config()
+    pointers = {"like_ptr": TYPES[dtype], "table_ptr": "*i64", "steps_ptr": "*i32", "flag_ptr": "*i32"}
+    return Variant(
+        f"optim_check<{dtype}{'' if whole else ', anywhere'}>", "optim.optim_check_kernel", pointers, "count", "i32",
+        {"WHOLE": whole, "WEIGHTS": config.weights}, config.warps, config.weights, ("ATOMG", "LDG.128") if whole else ("ATOMG",),
+        (*(s for s in SLOW if s != "ATOMG"), "ATOMG.FLOAT"), numbers={"halvings": "i32"},
     )  # fmt: skip
 
 
@@ -189,6 +205,7 @@ EVERYWHERE = (
     dequantize("bfloat16"), dequantize("bfloat16", nested=False), dequantize("float16"), dequantize("float32"),
     quantize("bfloat16"), quantize("float32"), quantize_absmax(),
     optim_step("adamw", "bfloat16"), optim_step("adamw", "float32"), optim_step("lion", "bfloat16"),
+    optim_step("adamw", "bfloat16", counted=True), optim_step("lion", "bfloat16", counted=True), optim_check("bfloat16"), optim_check("float32"),
 )  # fmt: skip
 ONCE = (
     dequantize("bfloat16", ASM=False), dequantize("bfloat16", TAIL=True), dequantize("float32", nested=False, TAIL=True),
@@ -198,7 +215,9 @@ ONCE = (
     quantize("bfloat16", blocksize=32), quantize("float16", blocksize=4096),
     optim_step("adamw", "bfloat16", stochastic=True), optim_step("adamw", "float16", whole=False),
     optim_step("lion", "float32", whole=False), optim_step("adamw", "float32", coded=False),
-    optim_step("lion", "bfloat16", coded=False, whole=False),
+    optim_step("lion", "bfloat16", coded=False, whole=False), optim_step("adamw", "bfloat16", stochastic=True, counted=True),
+    optim_step("adamw", "float32", whole=False, counted=True), optim_step("adamw", "float16", coded=False, counted=True),
+    optim_check("float16"), optim_check("float16", whole=False), optim_check("float32", whole=False),
 )  # fmt: skip
 ONCE_ON = "80"
 # The products: an architecture for each kind of tensor core that Triton knows (mma.sync, wgmma, tcgen05).

@@ -1,4 +1,4 @@
-"""The "triton" row of the optimizers' step. The kernel is imported by the first call, as `triton_rows` has it."""
+"""The "triton" rows of the optimizers' ops. The kernels are imported by the first call, as `triton_rows` has it."""
 
 from functools import cache
 from types import ModuleType
@@ -18,14 +18,12 @@ def kernels() -> ModuleType:
 
 
 def why_not(*args: Any) -> str | None:
-    """Why Triton cannot make this step, or None; without arguments, any step at all."""
+    """Why Triton cannot make this step or check, or None; without arguments, any at all."""
     if not args:
         return triton_rows.why_not()
-    first, (steps, flag) = args[0][0], args[6:8]
+    first = args[0][0]
     if reason := triton_rows.why_not(first):
         return reason
-    if steps is not None or flag is not None:
-        return "counts of steps on the device and their flag are for CUDA's kernels"
     if triton_rows.interpreted() and first.device.type != "cpu":
         return f"its interpreter follows no addresses of {first.device.type} memory"
     return None
@@ -36,6 +34,16 @@ def config(*args: Any) -> TritonConfig:
     return TritonConfig(1024, 4)
 
 
+def check_config(*args: Any) -> TritonConfig:
+    """32 elements a thread, four loads or more in flight: what programs add to one word is few. Source: calculated."""
+    return TritonConfig(4096, 4)
+
+
 @implements("optim_step", "triton", why_not, config)
 def optim_step(*args: Any) -> None:
     kernels().optim_step(*args)
+
+
+@implements("optim_check", "triton", why_not, check_config)
+def optim_check(*args: Any) -> None:
+    kernels().optim_check(*args)

@@ -73,8 +73,8 @@ class Memory:
 
 
 def run(ptx: str, arguments: Sequence[Tensor | Window | int | float], programs: Iterable[int | tuple[int, int]]) -> None:
-    """Run programs of a kernel, in a grid of one or two dimensions. arguments: of its parameters in their order; tensors
-    are on the CPU and contiguous."""
+    """Run programs of a kernel, in their order, in a grid of one or two dimensions of which the last is one of them.
+    arguments: of its parameters in their order; tensors are on the CPU and contiguous."""
     memory, values = Memory(), []
     for a in arguments:
         if isinstance(a, Window):
@@ -88,18 +88,20 @@ def run(ptx: str, arguments: Sequence[Tensor | Window | int | float], programs: 
     lines = [line.strip() for line in body.splitlines()]
     lines = [line for line in lines if line and line not in ("{", "}") and not line.startswith(".")]
     labels = {line[:-1]: n for n, line in enumerate(lines) if line.endswith(":")}
+    grid = [program if isinstance(program, tuple) else (program, 0) for program in programs]
     with np.errstate(all="ignore"):
-        for program in programs:
-            _Program(memory, values, threads, program if isinstance(program, tuple) else (program, 0)).run(lines, labels)
+        for program in grid:
+            _Program(memory, values, threads, program, max(grid)[0] + 1).run(lines, labels)
 
 
 class _Program:
-    def __init__(self, memory: Memory, arguments: Sequence[int], threads: int, program: tuple[int, int]) -> None:
+    def __init__(self, memory: Memory, arguments: Sequence[int], threads: int, program: tuple[int, int], programs: int) -> None:
         lane = np.arange(threads, dtype=np.uint64)
         self.memory, self.arguments, self.threads = memory, arguments, threads
         self.registers = {
             "%tid.x": lane, "%laneid": lane % 32, "%ctaid.x": np.full(threads, program[0], np.uint64),
             "%ctaid.y": np.full(threads, program[1], np.uint64), "global_smem": np.full(threads, _SHARED, np.uint64),
+            "%nctaid.x": np.full(threads, programs, np.uint64),
         }  # fmt: skip
 
     def run(self, lines: list[str], labels: dict[str, int]) -> None:
@@ -129,7 +131,7 @@ class _Program:
         name = name.strip()
         if name in self.registers:
             raw = self.registers[name]
-        elif re.fullmatch(r"0f[0-9A-Fa-f]{8}", name):
+        elif re.fullmatch(r"0f[0-9A-Fa-f]{8}|0d[0-9A-Fa-f]{16}", name):
             raw = np.full(self.threads, int(name[2:], 16), np.uint64)
         elif name.startswith("%"):
             raw = np.full(self.threads, 0xA5A5A5A5A5A5A5A5, np.uint64)  # never written: what is undefined must not matter
@@ -144,7 +146,7 @@ class _Program:
     def put(self, name: str, value: np.ndarray, active: np.ndarray) -> None:
         if value.dtype == np.float32:
             value = np.where(np.isnan(value), _CANONICAL_NAN, value.view(np.uint32))
-        elif value.dtype.kind == "i":
+        elif value.dtype.kind in "if":
             value = value.view(f"u{value.dtype.itemsize}")
         old = self.registers.get(name, np.zeros(self.threads, np.uint64))
         self.registers[name] = np.where(active, value.astype(np.uint64), old)
@@ -153,8 +155,9 @@ class _Program:
         kind = op[-1]
         if op[0] in ("ld", "st"):
             return self.move(op, rest, active)
-        if op[0] in ("cp", "ldmatrix", "mma"):
-            return {"cp": self.copy, "ldmatrix": self.load_matrices, "mma": self.multiply}[op[0]](op, rest, active)
+        if op[0] in ("cp", "ldmatrix", "mma", "atom"):
+            apart = {"cp": self.copy, "ldmatrix": self.load_matrices, "mma": self.multiply, "atom": self.add_atomically}
+            return apart[op[0]](op, rest, active)
         operands = [o.strip() for o in re.split(r",\s*(?![^{]*\})", rest)]
         target, sources = operands[0], operands[1:]
 
@@ -187,6 +190,8 @@ class _Program:
                 out = (get(0, "u16").astype(np.uint32) << np.uint32(16)).view(np.float32)
             case ["cvt", "f32", "f16"]:
                 out = get(0, "f16").astype(np.float32)
+            case ["cvt", "rn", "f32", "f64"]:
+                out = get(0).astype(np.float32)
             case ["cvt", to, _]:
                 out = get(0).astype({"s": "i", "u": "u"}[to[0]] + str(int(to[1:]) // 8))
             case [("and" | "or" | "xor") as name, _]:
@@ -228,7 +233,7 @@ class _Program:
                 out = (get(0).astype(np.float64) * get(1) + get(2)).astype(np.float32)
             case [("add" | "sub" | "mul" | "min" | "max" | "div") as name, *_]:
                 out = _ARITHMETIC[name](get(0), get(1))
-            case ["sqrt", "rn", "f32"]:
+            case ["sqrt", "rn", _]:
                 out = np.sqrt(get(0))
             case ["copysign", "f32"]:
                 out = np.copysign(get(1), get(0))
@@ -272,6 +277,16 @@ class _Program:
             else:
                 self.memory.store(each, size, active, self.value(name, "u64"))
 
+    def add_atomically(self, op: list[str], rest: str, active: np.ndarray) -> None:
+        if op[-2:] != ["add", "u64"]:
+            raise NotImplementedError(".".join(op))
+        target, base, plus, by = re.fullmatch(r"(%\w+), \[\s*(%\w+)\s*\+\s*(\d+)\s*\], (%\w+)", rest).groups()
+        at = self.value(base, "u64") + np.uint64(int(plus))
+        for thread in np.flatnonzero(active):
+            alone = np.arange(self.threads) == thread
+            old = self.memory.load(at, 8, alone)
+            self.memory.store(at, 8, alone, old + self.value(by, "u64"))
+            self.put(target, old, alone)
 
     def copy(self, op: list[str], rest: str, active: np.ndarray) -> None:
         """cp.async: size bytes, those beyond the source size zeros."""

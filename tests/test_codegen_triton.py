@@ -2,6 +2,7 @@
 
 import ast
 import json
+import math
 import os
 import re
 import subprocess
@@ -13,7 +14,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from nf4lora import reference
+from nf4lora import reference, reference_optim
 from nf4lora.cases import exact_case
 from nf4lora.codebook import codebook, dynamic_boundaries
 
@@ -198,7 +199,19 @@ def test_quantize_absmax_as_compiled_gives_the_reference_bytes(built, groups):
     assert all(map(same_bits, (codes, nested_absmax), reference.quantize_absmax(absmax, offset)))
 
 
-OPTIM = {v.name: v for v in codegen.EVERYWHERE + codegen.ONCE if v.kernel.startswith("optim")}
+OPTIM = {v.name: v for v in codegen.EVERYWHERE + codegen.ONCE if v.kernel == "optim.optim_step_kernel"}
+CHECK = {v.name: v for v in codegen.EVERYWHERE + codegen.ONCE if v.kernel == "optim.optim_check_kernel"}
+
+
+def run_on_tensors(built, variant, operands, table_of, *tensors):
+    """Every program of a kernel whose table, `table_of` their lists of addresses, holds addresses of lists of tensors."""
+    table, programs = table_of([[0] * len(of) for of in tensors])  # for its size
+    each = [t for of in tensors for t in of]
+    passed = [*arguments(variant, operands | {"table_ptr": table}, len(tensors[0])), 0, 0, *each]  # two pointers are Triton's own
+    memory = ptx_on_host.Memory()
+    addresses = iter([memory.add(a) for a in passed if isinstance(a, torch.Tensor)][-len(each) :])
+    table.copy_(table_of([[next(addresses) for _ in of] for of in tensors])[0])
+    ptx_on_host.run(ptx(built, variant), passed, range(max(programs, 1)))
 
 
 @pytest.mark.parametrize("name", OPTIM)
@@ -206,30 +219,61 @@ def test_optim_step_as_compiled_gives_the_reference_bytes(built, name, figures):
     from nf4lora.triton_kernels import optim
 
     variant = OPTIM[name]
-    c, adamw, coded = variant.constants, "adamw" in name, "8-bit" in name
+    c, adamw, coded, counted = variant.constants, "adamw" in name, "8-bit" in name, "counted" in name
     dtype = getattr(torch, next(d for d, code in codegen.TYPES.items() if code == variant.pointers["like_ptr"]))
     shapes = ((8,), (1280,), (4, 512), (1, 1), (257,)) if not c["WHOLE"] else ((8,), (1280,), (4, 512))
     run = Run("adamw" if adamw else "lion", coded, dtype, shapes, shift=lambda i: 0 if c["WHOLE"] else i % 3)
     run.grads[1][5], run.grads[1][700], run.params[2][1, 9] = torch.nan, torch.inf, -torch.inf
+    if counted:
+        run.steps, run.flag = torch.tensor([9, 9, 1, 2**31 - 1, 1000, 77, 1234567], dtype=torch.int32), torch.zeros(1, dtype=torch.int32)
     seed, origin = (3 << 40 | 7, 1 << 33) if c["STOCHASTIC"] else (None, 0)
     wanted = run.referenced(seed, origin)
-    numels = [p.numel() for p in run.params]
+    numels, after = [p.numel() for p in run.params], (run.hyper_of,)
+    if counted:
+        after = run.hyper_of, run.slots, *optim._bits(run.hypers, run.hyper_of)
 
     def table_of(addresses):
-        return optim._table(addresses, numels, run.offsets, run.hyper_of, (seed or 0, origin), variant.weights)
+        return optim._table((seed or 0, origin), (*addresses, numels, run.offsets), numels, after, variant.weights)
 
-    table, programs = table_of([numels, numels])  # for its size
-    operands = {"like_ptr": run.params[0], "table_ptr": table, "constants_ptr": optim._constants(run.hypers), "halvings": 3 - c["WHOLE"]}
-    operands |= {f"{n}_ptr": getattr(run, n) for n in ("state1", "state2", "absmax1", "absmax2")}
+    operands = {"like_ptr": run.params[0], "constants_ptr": optim._constants(run.hypers, counted), "halvings": 3 - c["WHOLE"]}
+    operands |= {f"{n}_ptr": getattr(run, n) for n in ("state1", "state2", "absmax1", "absmax2", "steps", "flag")}
     for number, code in enumerate(("dynamic", "unsigned_dynamic"), 1):
         operands |= {f"codebook{number}_ptr": codebook(code), f"cells{number}_ptr": optim.cells(code)}
-    passed = [*arguments(variant, operands, len(numels)), 0, 0, *run.params, *run.grads]  # two pointers are Triton's own
-    memory = ptx_on_host.Memory()
-    addresses = [memory.add(a) for a in passed if isinstance(a, torch.Tensor)][-2 * len(numels) :]
-    table.copy_(table_of([addresses[: len(numels)], addresses[len(numels) :]])[0])
-    ptx_on_host.run(ptx(built, variant), passed, range(programs))
+    run_on_tensors(built, variant, operands, table_of, run.params, run.grads)
     assert all(map(same_bytes, run.buffers(), wanted.buffers()))
     figures["elements compared with compiled Triton kernels' PTX, run on the CPU"] += sum(numels)
+    if counted:
+        run.flag.fill_(1)
+        before = run.copy()
+        run_on_tensors(built, variant, operands, table_of, run.params, run.grads)
+        assert all(map(same_bytes, run.buffers(), before.buffers()))
+
+
+@pytest.mark.parametrize("name", CHECK)
+def test_optim_check_as_compiled_counts_as_the_reference_does(built, name):
+    from nf4lora.triton_kernels import optim
+
+    variant = CHECK[name]
+    dtype = getattr(torch, next(d for d, code in codegen.TYPES.items() if code == variant.pointers["like_ptr"]))
+    whole = variant.constants["WHOLE"]
+    few = ((8,), (0,), (4096 + 8,), (16,)) if whole else ((1,), (0,), (4096 + 5,), (33,))
+    run = Run("lion", False, dtype, (*few, *256 * ((0,),)), shift=lambda i: 0 if whole else i % 3)
+    grads, slots = run.grads, torch.randperm(300, generator=torch.Generator().manual_seed(0))[: len(run.grads)].tolist()
+    numels = [g.numel() for g in grads]
+    for place, value in ((0, torch.finfo(dtype).min), (2, torch.inf), (0, torch.nan), (3, -torch.inf), (0, torch.finfo(dtype).max)):
+        saved = grads[place][-1].clone()
+        grads[place][-1] = value
+        steps, flag = torch.arange(301, dtype=torch.int32), torch.full((1,), 7, dtype=torch.int32)
+        wanted = steps.clone(), flag.clone()
+        reference_optim.optim_check(grads, *wanted, slots)
+
+        def table_of(addresses):
+            return optim._table((0, 0), (*addresses, numels), numels, (slots,), variant.weights)
+
+        operands = {"like_ptr": grads[0], "steps_ptr": steps, "flag_ptr": flag, "halvings": (len(grads) - 1).bit_length()}
+        run_on_tensors(built, variant, operands, table_of, grads)
+        assert flag.item() == (not math.isfinite(value)) and torch.equal(steps, wanted[0]) and torch.equal(flag, wanted[1])
+        grads[place][-1] = saved
 
 
 # ---- products: mma.sync, ldmatrix, cp.async and the decoding asm of what is compiled for sm_80

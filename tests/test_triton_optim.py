@@ -1,4 +1,4 @@
-"""The Triton kernel of `optim_step`: the reference's bytes, and what it refuses. Without a GPU it runs in Triton's interpreter.
+"""The Triton kernels of `optim_step` and `optim_check`: the reference's bytes. Without a GPU they run in Triton's interpreter.
 
 tests/test_codegen_triton.py runs what the compiler makes of it.
 """
@@ -15,16 +15,25 @@ from test_optim_step import (  # noqa: F401  the tests are run here too, with th
     Run,
     check,
     same_bytes,
+    test_a_check_of_nothing_but_empty_gradients,
     test_a_tensor_without_elements,
     test_autograd_notices_that_parameters_changed,
+    test_grads_of_any_strides,
     test_in_inference_mode,
     test_nan_and_inf_go_where_the_reference_has_them,
+    test_nothing_changes_under_the_flag,
+    test_steps_are_counted_on_the_device,
+    test_the_check_finds_every_place,
     test_the_first_states_code_is_exact_around_every_boundary,
+    test_the_largest_numbers_are_finite,
+    test_what_does_not_fit_the_check_or_the_rounding_is_refused,
     test_zeros_denormals_and_magnitudes_of_every_size,
 )
+from torch import nn
 from under_test import GPU, force
 
-from nf4lora import backends, codebook, triton_optim
+from nf4lora import backends, codebook, ops, reference_optim, triton_optim
+from nf4lora.optim import AdamW8bit
 
 if find_spec("triton") is None and (sys.platform, os.uname().machine) != ("linux", "x86_64"):
     pytest.skip("Triton has no release for this machine", allow_module_level=True)
@@ -89,15 +98,15 @@ def test_many_tensors_are_one_launch(monkeypatch):
     assert [grid for grid, _ in launches] == [(sum(-(-n // triton_optim.config().weights) for n in sizes),)]
 
 
-def recorded(monkeypatch):
-    """(grid, keywords) of the launches from here on, which do nothing."""
+def recorded(monkeypatch, kernel="optim_step_kernel"):
+    """(grid, keywords) of the launches of a kernel from here on, which do nothing."""
     launches = []
 
     class Recorder:
         def __getitem__(self, grid):
             return lambda *args, **keywords: launches.append((grid, keywords))
 
-    monkeypatch.setattr(triton_optim.kernels(), "optim_step_kernel", Recorder())
+    monkeypatch.setattr(triton_optim.kernels(), kernel, Recorder())
     return launches
 
 
@@ -143,24 +152,116 @@ def test_a_cell_of_two_boundaries_is_an_error(monkeypatch):
         optim.cells("finer")
 
 
-def test_grads_of_any_strides():
-    run = Run("adamw", True, torch.float32, ((33, 31), (5, 300), (7, 9)))
-    run.grads[0] = torch.randn(31, 33).T
-    run.grads[1] = torch.tensor([[0.25]]).expand(5, 300)
-    run.grads[2] = torch.randn(7, 18)[:, ::2]
-    wanted = run.copy()
-    wanted.grads = run.grads
-    with backends.use_backend("reference"):
-        wanted.step()
-    run.step()
-    assert all(map(same_bytes, run.buffers()[:3], wanted.buffers()[:3])) and same_bytes(run.state1, wanted.state1)
+# ---- skipping
 
 
-def test_what_it_refuses_it_says():
+COUNTS = (1, 2, 3, 7, 100, 2**16, 2**16 - 1, 1234567, 2**30, 2**31 - 2, 2**31 - 1)
+
+
+@pytest.mark.parametrize("kind", ("adamw", "lion"))
+def test_constants_of_every_count(kind):
+    """Each for each of a few sets, of which some have powers that end in 0 and some that do not."""
+    near_one = 1 - 2**-30, 1 - 2**-31
+    sets = (1e-3, 0.9, 0.999, 1e-8, 0.1, -1.0), (0.7, *near_one, 0.1, 1e-9, -1.0), (3e-5, 0.0, 0.5, 0.0, 0.0, -1.0)
+    run = Run(kind, False, torch.float32, [(64,)] * len(sets) * len(COUNTS), sets=sets)
+    for p in run.params:
+        p.zero_()  # so that every bit of what is taken from them is seen
+    run.steps = torch.tensor([0, 0, *(count for count in COUNTS for _ in sets)], dtype=torch.int32)
+    run.flag = torch.zeros(1, dtype=torch.int32)
+    check(run)
+
+
+def test_slots_in_any_order():
+    run = Run("adamw", True, torch.float32, ODD)
+    run.slots, run.steps = [5, 0, 3, 1, 6, 2], torch.tensor([4, 1, 900, 2, 7777, 3, 60], dtype=torch.int32)
+    run.flag = torch.zeros(1, dtype=torch.int32)
+    check(run)
+
+
+def test_the_check_of_448_tensors_is_one_launch(monkeypatch):
+    sizes = [(1, 0, 7, 256, 4104, 0, 3)[i % 7] for i in range(448)]
+    run = Run("lion", False, torch.bfloat16, [(n,) for n in sizes], shift=lambda i: i % 3)
+    slots = torch.randperm(500, generator=torch.Generator().manual_seed(0))[:448].tolist()
+    for place in (None, 447):
+        if place is not None:
+            run.grads[place].view(-1)[-1] = torch.inf
+        steps, flag = torch.arange(500, dtype=torch.int32), torch.full((1,), 9, dtype=torch.int32)
+        wanted = steps.clone(), flag.clone()
+        reference_optim.optim_check(run.grads, *wanted, slots)
+        with torch.no_grad():
+            ops.optim_check(run.grads, steps, flag, slots)
+        assert torch.equal(steps, wanted[0]) and torch.equal(flag, wanted[1]) and flag.item() == (place is not None)
+    launches = recorded(monkeypatch, "optim_check_kernel")
+    with torch.no_grad():
+        ops.optim_check(run.grads, steps, flag, slots)
+        ops.optim_check([run.grads[1]], steps, flag, slots[:1])
+    assert [grid for grid, _ in launches] == [(sum(-(-n // triton_optim.check_config().weights) for n in sizes),), (1,)]
+
+
+def test_the_check_takes_only_aligned_tensors_of_eights_whole(monkeypatch):
+    launches = recorded(monkeypatch, "optim_check_kernel")
+    steps, flag = torch.zeros(2, dtype=torch.int32), torch.zeros(1, dtype=torch.int32)
+    for dtype in FLOATS:
+        g = torch.zeros(1024, dtype=dtype)
+        for second in (g[16 // dtype.itemsize :][:64], g[1:65], g[:60], g[:0]):
+            with torch.no_grad():
+                ops.optim_check([g, second], steps, flag, [0, 1])
+    assert [keywords["WHOLE"] for _, keywords in launches] == 3 * [True, False, False, True]
+
+
+@pytest.fixture
+def rows_run(monkeypatch):
+    """(op, back end) of every op that runs."""
+    seen = []
+
+    def spy(key, row):
+        def call(*args):
+            seen.append(key)
+            return row.call(*args)
+
+        return backends.Row(call, row.why_not, row.configure)
+
+    monkeypatch.setattr(backends, "_ROWS", {key: spy(key, row) for key, row in backends._ROWS.items()})
+    return seen
+
+
+@pytest.mark.parametrize("dtype", FLOATS, ids=str)
+def test_an_optimizer_that_skips_runs_these_kernels(rows_run, dtype):
+    """Steps and a step that a NaN takes back, with 8-bit states and float32 ones, against the reference's."""
+    found = {}
+    for name in ("triton", "reference"):
+        made = torch.Generator().manual_seed(0)
+        params = [nn.Parameter(torch.randn(s, generator=made).to(DEVICE, dtype)) for s in ((4200,), (3, 100), (1,))]
+        hypers = {"lr": 3e-3, "betas": (0.8, 0.95), "eps": 1e-6, "weight_decay": 0.1}
+        optimizer = AdamW8bit(params, **hypers, skip_nonfinite=True, stochastic_rounding=dtype == torch.bfloat16)
+        torch.manual_seed(0)
+        with backends.use_backend(name):
+            for step in range(4):
+                for p in params:
+                    p.grad = torch.randn(p.shape, generator=made).to(DEVICE, dtype)
+                if step == 2:
+                    params[1].grad[2, 99] = torch.nan
+                    before = [p.detach().clone() for p in params]
+                optimizer.step()
+                if step == 2:
+                    assert all(map(same_bytes, (p.detach() for p in params), before))
+        states = optimizer.state_dict()["state"]
+        assert {int(state["step"]) for state in states.values()} == {3}
+        kept = [torch.as_tensor(v).reshape(-1) for _, state in sorted(states.items()) for v in state.values()]
+        found[name] = [p.detach() for p in params] + kept
+        assert set(rows_run) == {("optim_check", name), ("optim_step", name)}
+        assert rows_run.count(("optim_check", name)) == 4 and rows_run.count(("optim_step", name)) == 8
+        rows_run.clear()
+    assert all(map(same_bytes, found["triton"], found["reference"])) and len(found["triton"]) > 10
+
+
+def test_what_it_refuses_it_says(monkeypatch):
     run = Run("lion", True, torch.float32, ((3,),))
     run.params[0], run.grads[0] = run.params[0].to(DEVICE), run.grads[0].to(DEVICE)
-    assert triton_optim.why_not() is None and triton_optim.why_not(*run.arguments()) is None
-    run.steps, run.flag = torch.ones(9, dtype=torch.int32), torch.zeros(1, dtype=torch.int32)
-    assert "counts of steps" in triton_optim.why_not(*run.arguments())
-    with backends.use_backend("triton"), pytest.raises(NotImplementedError, match="counts of steps"):
-        backends.run("optim_step", *run.arguments())
+    steps, flag = torch.ones(9, dtype=torch.int32), torch.zeros(1, dtype=torch.int32)
+    given = run.arguments(), (run.grads, steps, flag, run.slots)
+    assert [triton_optim.why_not(*arguments) for arguments in ((), *given)] == [None] * 3
+    monkeypatch.setattr(triton_optim.triton_rows, "why_not", lambda *args: "it is ill")
+    assert [triton_optim.why_not(*arguments) for arguments in ((), *given)] == ["it is ill"] * 3
+    with backends.use_backend("triton"), pytest.raises(NotImplementedError, match="optim_check.*\n  triton: it is ill"):
+        backends.run("optim_check", *given[1])

@@ -1,5 +1,6 @@
-"""optim_step in Triton, one launch for all parameters: programs find theirs, and its address, in a table."""
+"""optim_step and optim_check in Triton, one launch for all parameters: programs find theirs, and its address, in a table."""
 
+from collections.abc import Sequence
 from functools import cache
 
 import numpy as np
@@ -14,10 +15,39 @@ from ..triton_tiles import TritonConfig
 from .nf4 import scaled, to_float32
 from .weight import rounded
 
-_HEAD = 2  # words before the table's columns: the seed and the index that the stochastic rounding's counter begins at
-_COLUMNS = 6  # param, grad, numel, offset, first program, hyper
-_CONSTANTS = 9
-_HEAD_WORDS, _CONSTANTS_EACH = tl.constexpr(_HEAD), tl.constexpr(_CONSTANTS)
+# Words before a table's columns. A step's: the seed and the index that the stochastic rounding's counter begins at; a check's:
+# zeros, the first of which its programs count in.
+_HEAD_WORDS = tl.constexpr(2)
+_CONSTANTS_EACH = tl.constexpr(9)
+
+
+@triton.jit
+def _share(program, numel_ptr, begins_ptr, count, halvings, WEIGHTS: tl.constexpr):
+    """A program's (tensor, first element int64, how many of it are left, at most WEIGHTS), the columns `_table`'s."""
+    tensor = program * 0  # the last that begins at this program or before
+    for halving in range(halvings):
+        probe = tensor + (1 << (halvings - 1 - halving))
+        begins = tl.load(begins_ptr + probe, mask=probe < count, other=1 << 40)
+        tensor = tl.where(begins <= program, probe, tensor)
+    first = (program - tl.load(begins_ptr + tensor)) * WEIGHTS
+    return tensor, first, tl.minimum(tl.load(numel_ptr + tensor) - first, WEIGHTS).to(tl.int32)
+
+
+@triton.jit
+def _counted(bits_ptr, count, step):
+    """root and step_size as `reference_optim.constants` has them, to the bit, of a step counted on the device, int32.
+
+    bits_ptr: of a float64 lr, and count and twice as many words on of beta1 and beta2.
+    """
+    lr = tl.load(bits_ptr).to(tl.float64, bitcast=True)
+    a = tl.load(bits_ptr + count).to(tl.float64, bitcast=True)
+    b = tl.load(bits_ptr + 2 * count).to(tl.float64, bitcast=True)
+    of_a, of_b = tl.full([], 1.0, tl.float64), tl.full([], 1.0, tl.float64)
+    while step > 0:  # their powers
+        if step & 1:
+            of_a, of_b = of_a * a, of_b * b
+        a, b, step = a * a, b * b, step >> 1
+    return tl.sqrt(1.0 - of_b).to(tl.float32), (lr / (1.0 - of_a)).to(tl.float32)
 
 
 @triton.jit
@@ -72,8 +102,8 @@ def _stochastic(v, seed, index, COUNT: tl.constexpr):
 @triton.jit(do_not_specialize=["count", "halvings"], do_not_specialize_on_alignment=["like_ptr"])
 def optim_step_kernel(
     like_ptr,  # any of the parameters, for their dtype: float32, bfloat16 or float16
-    table_ptr,  # int64 [_HEAD + _COLUMNS * count], from `_table`
-    constants_ptr,  # float32 [sets, 9], in the order of `reference_optim.constants`
+    table_ptr,  # int64, from `_table`: param, grad, numel, offset, first program, hyper; with steps slot and `_bits` too
+    constants_ptr,  # float32 [sets, 9], in the order of `reference_optim.constants`; with steps the last two are not read
     state1_ptr,  # float32, or uint8 where there is an absmax1, [arena]
     state2_ptr,  # the same, or None: Lion
     absmax1_ptr,  # float32 [ceil(arena / 256)], or None
@@ -82,6 +112,8 @@ def optim_step_kernel(
     codebook2_ptr,
     cells1_ptr,  # int64 [4096], from `cells`
     cells2_ptr,
+    steps_ptr,  # int32 [any], by slot, or None, as the next
+    flag_ptr,  # int32 [1]: nothing is stored where it is set
     count,  # of tensors
     halvings,  # that find one of them: ceil(log2(count))
     STOCHASTIC: tl.constexpr,
@@ -96,13 +128,7 @@ def optim_step_kernel(
     """
     tl.static_assert(WEIGHTS % BLOCK == 0, "whole blocks")
     program, columns_ptr = tl.program_id(0), table_ptr + _HEAD_WORDS
-    tensor = program * 0  # the last that begins at this program or before
-    for halving in range(halvings):
-        probe = tensor + (1 << (halvings - 1 - halving))
-        begins = tl.load(columns_ptr + 4 * count + probe, mask=probe < count, other=1 << 40)
-        tensor = tl.where(begins <= program, probe, tensor)
-    first = (program - tl.load(columns_ptr + 4 * count + tensor)) * WEIGHTS
-    left = tl.minimum(tl.load(columns_ptr + 2 * count + tensor) - first, WEIGHTS).to(tl.int32)
+    tensor, first, left = _share(program, columns_ptr + 2 * count, columns_ptr + 4 * count, count, halvings, WEIGHTS)
     start = tl.multiple_of(tl.load(columns_ptr + 3 * count + tensor), BLOCK) + first  # in the arenas
     param_ptr = tl.load(columns_ptr + tensor).to(like_ptr.dtype)
     grad_ptr = tl.load(columns_ptr + count + tensor).to(like_ptr.dtype)
@@ -112,7 +138,14 @@ def optim_step_kernel(
     c_ptr = constants_ptr + tl.load(columns_ptr + 5 * count + tensor) * _CONSTANTS_EACH
     lr, keep, eps = tl.load(c_ptr), tl.load(c_ptr + 1), tl.load(c_ptr + 6)
     beta1, rest1, beta2, rest2 = tl.load(c_ptr + 2), tl.load(c_ptr + 3), tl.load(c_ptr + 4), tl.load(c_ptr + 5)
-    root, step_size = tl.load(c_ptr + 7), tl.load(c_ptr + 8)
+    if steps_ptr is None:
+        root, step_size = tl.load(c_ptr + 7), tl.load(c_ptr + 8)
+    else:
+        if tl.load(flag_ptr) != 0:
+            return
+        if state2_ptr is not None:
+            step = tl.load(steps_ptr + tl.load(columns_ptr + 6 * count + tensor))
+            root, step_size = _counted(columns_ptr + 7 * count + tensor, count, step)
 
     block = tl.arange(0, WEIGHTS // BLOCK)
     word = block[:, None] * (BLOCK // 8) + tl.arange(0, BLOCK // 8)[None, :]  # [B, 32], eight elements each
@@ -139,37 +172,91 @@ def optim_step_kernel(
     tl.store(param_ptr + here, rounded(p, like_ptr.dtype.element_ty, ASM), mask=mask)
 
 
+@triton.jit(do_not_specialize=["count", "halvings"], do_not_specialize_on_alignment=["like_ptr"])
+def optim_check_kernel(
+    like_ptr,  # any of the gradients, for their dtype: float32, bfloat16 or float16
+    table_ptr,  # int64, from `_table`: grad, numel, first program, slot
+    steps_ptr,  # int32 [any]
+    flag_ptr,  # int32 [1]
+    count,  # of tensors
+    halvings,  # as `optim_step_kernel` has it
+    WHOLE: tl.constexpr,  # the same
+    WEIGHTS: tl.constexpr,  # that one program takes of one tensor
+):
+    """Is any gradient NaN or Inf? The program that comes last of all knows, and counts. Bytes moved: each gradient once."""
+    program, columns_ptr = tl.program_id(0), table_ptr + _HEAD_WORDS
+    tensor, first, left = _share(program, columns_ptr + count, columns_ptr + 2 * count, count, halvings, WEIGHTS)
+    grad_ptr = tl.load(columns_ptr + tensor).to(like_ptr.dtype)
+    if WHOLE:
+        grad_ptr = tl.multiple_of(grad_ptr, 16)
+    word = tl.arange(0, WEIGHTS // 8)[:, None]  # eight elements each
+    here = 8 * word + tl.arange(0, 8)[None, :]
+    mask = tl.broadcast_to(8 * word < left, here.shape) if WHOLE else here < left
+    g = tl.load(grad_ptr + first + here, mask=mask, other=0.0)
+    if g.dtype == tl.float32:
+        magnitude, infinity = g.to(tl.int32, bitcast=True) & 0x7FFFFFFF, 0x7F800000
+    else:
+        magnitude = g.to(tl.int16, bitcast=True).to(tl.int32) & 0x7FFF
+        infinity = 0x7F80 if g.dtype == tl.bfloat16 else 0x7C00
+    found = (tl.max(magnitude) >= infinity).to(tl.int64)
+    # In one word how many have come, below, and how many of them with something: nothing else passes between programs
+    came = tl.atomic_add(table_ptr, 1 + (found << 32), sem="relaxed")
+    if (came & 0xFFFFFFFF) == tl.num_programs(0) - 1:
+        finite = ((came >> 32) + found == 0).to(tl.int32)
+        tl.store(flag_ptr, 1 - finite)
+        for begin in range(0, count, 256):
+            each = begin + tl.arange(0, 256)
+            step_ptr = steps_ptr + tl.load(columns_ptr + 3 * count + each, mask=each < count, other=0)
+            tl.store(step_ptr, tl.load(step_ptr, mask=each < count, other=0) + finite, mask=each < count)
+
+
 def optim_step(
     params: list[Tensor], grads: list[Tensor], state1: Tensor, state2: Tensor | None, absmax1: Tensor | None,
-    absmax2: Tensor | None, steps: None, flag: None, offsets: list[int], slots: list[int],
+    absmax2: Tensor | None, steps: Tensor | None, flag: Tensor | None, offsets: list[int], slots: list[int],
     hyper_of: list[int], hypers: list[float], kind: str, seed: int | None, origin: int, config: TritonConfig,
 ) -> None:  # fmt: skip
-    """One step of every parameter, in place; steps and flag are None. Source: nf4lora/reference_optim.py, optim_step."""
+    """One step of every parameter, in place. Source: nf4lora/reference_optim.py, optim_step."""
     device, grads = state1.device, [g.contiguous() for g in grads]
-    numels = [p.numel() for p in params]
-    addresses = [[t.data_ptr() for t in tensors] for tensors in (params, grads)]
-    table, programs = _table(addresses, numels, offsets, hyper_of, (seed or 0, origin), config.weights)
+    numels, addresses = [p.numel() for p in params], [[t.data_ptr() for t in tensors] for tensors in (params, grads)]
+    after = (hyper_of,) if steps is None else (hyper_of, slots, *_bits(hypers, hyper_of))
+    table, programs = _table((seed or 0, origin), (*addresses, numels, offsets), numels, after, config.weights)
     if programs:
+        constants = _constants(hypers, steps is not None)
         codes = ("dynamic", absmax1), ("unsigned_dynamic", absmax2)
         tables = [None if absmax is None else of(code, device) for of in (codebook, cells) for code, absmax in codes]
         with torch.cuda.device_of(state1):
             optim_step_kernel[programs,](
-                params[0], _sent(table, device), _sent(_constants(hypers), device), state1, state2, absmax1, absmax2, *tables,
-                len(params), (len(params) - 1).bit_length(), STOCHASTIC=seed is not None,
-                WHOLE=not any(a % 16 for column in addresses for a in column) and not any(n % 8 for n in numels),
+                params[0], _sent(table, device), _sent(constants, device), state1, state2, absmax1, absmax2, *tables, steps, flag,
+                len(params), (len(params) - 1).bit_length(), STOCHASTIC=seed is not None, WHOLE=_whole(addresses, numels),
                 ASM=isinstance(optim_step_kernel, triton.JITFunction), BLOCK=STATE_BLOCKSIZE, WEIGHTS=config.weights,
                 num_warps=config.warps, enable_fp_fusion=False,
             )  # fmt: skip
     torch.autograd.graph.increment_version(params)  # torch's dispatcher does so too, but eager calls go past it
 
 
+def optim_check(grads: list[Tensor], steps: Tensor, flag: Tensor, slots: list[int], config: TritonConfig) -> None:
+    """Source: nf4lora/reference_optim.py, optim_check."""
+    grads = [g.contiguous() for g in grads]
+    numels, addresses = [g.numel() for g in grads], [[g.data_ptr() for g in grads]]
+    table, programs = _table((0, 0), (*addresses, numels), numels, (slots,), config.weights)
+    with torch.cuda.device_of(steps):
+        optim_check_kernel[max(programs, 1),](  # where all are empty, one that counts
+            grads[0], _sent(table, steps.device), steps, flag, len(grads), (len(grads) - 1).bit_length(),
+            WHOLE=_whole(addresses, numels), WEIGHTS=config.weights, num_warps=config.warps,
+        )  # fmt: skip
+
+
+def _whole(addresses: list[list[int]], numels: list[int]) -> bool:
+    return not any(a % 16 for column in addresses for a in column) and not any(n % 8 for n in numels)
+
+
 def _table(
-    addresses: list[list[int]], numels: list[int], offsets: list[int], hyper_of: list[int], head: tuple[int, int], weights: int
+    head: tuple[int, int], before: Sequence[list[int]], numels: list[int], after: Sequence[list[int] | np.ndarray], weights: int
 ) -> tuple[Tensor, int]:  # fmt: skip
-    """The kernel's table, and how many programs its tensors take together."""
+    """A kernel's table, with each tensor's first program between the columns given, and how many programs they take together."""
     takes = -(-np.array(numels, np.int64) // weights)
-    columns = *addresses, numels, offsets, np.cumsum(takes) - takes, hyper_of
-    return torch.from_numpy(np.concatenate([np.array(part, np.int64) for part in (head, *columns)])), int(takes.sum())
+    parts = head, *before, np.cumsum(takes) - takes, *after
+    return torch.from_numpy(np.concatenate([np.array(part, np.int64) for part in parts])), int(takes.sum())
 
 
 @cache
@@ -197,11 +284,18 @@ def _order(v: Tensor) -> Tensor:
     return torch.where(v < 0, -1 - positive, positive)
 
 
-def _constants(hypers: list[float]) -> Tensor:
-    """float32 [sets, 9] of `reference_optim.constants`, on the host."""
+def _constants(hypers: list[float], counted: bool) -> Tensor:
+    """float32 [sets, 9] of `reference_optim.constants`, on the host; of step 1 where steps are counted on the device."""
     sets = np.array(hypers).reshape(-1, len(HYPERS)).tolist()
     cpu = torch.device("cpu")
-    return torch.stack([torch.stack(list(constants(*numbers, int(step), cpu).values())) for *numbers, step in sets])
+    found = [constants(*numbers, 1 if counted else int(step), cpu) for *numbers, step in sets]
+    return torch.stack([torch.stack(list(c.values())) for c in found])
+
+
+def _bits(hypers: list[float], hyper_of: list[int]) -> np.ndarray:
+    """int64 [3, tensors]: float64 lr, beta1 and beta2 of each."""
+    sets = np.array(hypers, np.float64).reshape(-1, len(HYPERS))
+    return np.ascontiguousarray(sets[hyper_of, :3].T).view(np.int64)
 
 
 def _sent(t: Tensor, device: torch.device) -> Tensor:
