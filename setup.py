@@ -40,7 +40,7 @@ def cuda() -> list[str]:
     nvcc = shutil.which("nvcc", path=os.pathsep.join(folders))
     why = "" if wanted and nvcc else "no nvcc found" if wanted else "NF4LORA_CUDA_ARCHS is empty"
     version = "" if why else subprocess.run([nvcc, "--version"], capture_output=True, text=True, check=True).stdout
-    if (told := re.search(r"release (\d+)\.(\d+)", version)) and (int(told[1]), int(told[2])) < (12, 1):  # whose kernels take 4 KiB of parameters, not more
+    if (told := re.search(r"release (\d+)\.(\d+)", version)) and (int(told[1]), int(told[2])) < (12, 1):  # most 4 KiB of parameters
         why = f"found nvcc {told[1]}.{told[2]}, wanted 12.1 or newer"
     if why:
         print(f"nf4lora: {why}, going on without the CUDA kernels")
@@ -70,8 +70,7 @@ class BuildLibrary(build_ext):
         out = self.get_ext_fullpath(ext.name)
         os.makedirs(os.path.dirname(out), exist_ok=True)
         if ext.name.endswith("cuda"):
-            strict = STRICT if os.environ.get("NF4LORA_WERROR") else []
-            return self.spawn([*CUDA, "-shared", *NVCC_FLAGS, *strict, *ext.sources, "-o", out])
+            return self.spawn([*CUDA, "-shared", *NVCC_FLAGS, *STRICT * bool(os.environ.get("NF4LORA_WERROR")), *ext.sources, "-o", out])
         cxx = compiler()
         # api.cpp chooses among the instruction sets; every other file is compiled once for each.
         flags = [*FLAGS, *openmp(cxx), *os.environ.get("CXXFLAGS", "").split()]

@@ -8,9 +8,11 @@ import gc
 import io
 import pickle
 import weakref
+from functools import partial
 
 import pytest
 import torch
+import torch._dynamo
 from torch import nn
 
 import nf4lora
@@ -81,7 +83,11 @@ def test_adamw_is_torchs(dtype):
         for w in wide:
             w.data.copy_(w.data.to(dtype))
     # A value of a 16-bit type is off by a neighbour where float32 lies at the edge between two, then and when.
-    tolerance = {"atol": 1e-6, "rtol": 1e-5} if dtype == torch.float32 else {"atol": 1e-3, "rtol": 2**-7 if dtype == torch.bfloat16 else 2**-10}
+    tolerance = (
+        {"atol": 1e-6, "rtol": 1e-5}
+        if dtype == torch.float32
+        else {"atol": 1e-3, "rtol": 2**-7 if dtype == torch.bfloat16 else 2**-10}
+    )
     for p, w in zip(ours, wide, strict=True):
         torch.testing.assert_close(p.detach().float(), w.detach(), **tolerance)
 
@@ -357,10 +363,13 @@ def test_resuming_gives_the_bits_of_the_run_that_was_not_interrupted(cls, option
     assert all(map(torch.equal, bytes_of(optimizer, ps), bytes_of(other, resumed)))
 
 
+@pytest.mark.parametrize("kind", (None, "simulated", "staged"))
 @pytest.mark.parametrize("cls", ALL)
-def test_states_are_copied_into_the_memory_there_is(cls):
+def test_states_are_copied_into_the_memory_there_is(monkeypatch, cls, kind):
+    if kind is not None:
+        paging_in(kind, monkeypatch)
     ps = params()
-    optimizer = cls(ps, **hypers(cls))
+    optimizer = cls(ps, budget=40_000, **hypers(cls))
     run(optimizer, ps, 3)
     where = {p: {name: t.data_ptr() for name, t in optimizer.state[p].items() if name != "step"} for p in ps}
     saved, before = optimizer.state_dict(), [p.detach().clone() for p in ps]
@@ -396,7 +405,9 @@ def test_a_copy_goes_on_by_itself(cls, how):
     run(optimizer, ps, 3, first=3)
     run(other, qs, 3, first=3)
     assert equal(ps, qs)
-    assert {t.data_ptr() for p in ps for t in (optimizer.state[p]["state1"],)}.isdisjoint({other.state[q]["state1"].data_ptr() for q in qs})
+    assert {t.data_ptr() for p in ps for t in (optimizer.state[p]["state1"],)}.isdisjoint(
+        {other.state[q]["state1"].data_ptr() for q in qs}
+    )
 
 
 def bnb_optimizer(cls, ps):
@@ -453,8 +464,14 @@ def test_torchs_adamw_states_are_taken():
 
 
 WRONG = {
-    "another width": (lambda s: s["state"][1].update(state1=s["state"][1]["state1"].float()), r"state\[1\].state1: found torch.float32"),
-    "another shape": (lambda s: s["state"][0].update(state2=torch.zeros(3, dtype=torch.uint8)), r"state\[0\].state2: found torch.uint8 \[3\]"),
+    "another width": (
+        lambda s: s["state"][1].update(state1=s["state"][1]["state1"].float()),
+        r"state\[1\].state1: found torch.float32",
+    ),
+    "another shape": (
+        lambda s: s["state"][0].update(state2=torch.zeros(3, dtype=torch.uint8)),
+        r"state\[0\].state2: found torch.uint8 \[3\]",
+    ),
     "no absmax": (lambda s: s["state"][0].pop("absmax1"), r"state\[0\]: no absmax1"),
     "something else": (lambda s: s["state"][0].update(momentum=torch.zeros(1)), r"state\[0\]: unexpected momentum"),
     "another map": (lambda s: s["state"][0].update(qmap2=torch.zeros(256)), r"state\[0\].qmap2: found another map"),
@@ -557,7 +574,9 @@ def test_grad_scaler_skips_what_overflows():
 
 
 @pytest.mark.parametrize("cls", ALL)
-@pytest.mark.parametrize("wrong", ({"lr": -1.0}, {"betas": (1.0, 0.9)}, {"betas": (0.9, -0.1)}, {"weight_decay": -1.0}, {"budget": -1}))
+@pytest.mark.parametrize(
+    "wrong", ({"lr": -1.0}, {"betas": (1.0, 0.9)}, {"betas": (0.9, -0.1)}, {"weight_decay": -1.0}, {"budget": -1})
+)
 def test_numbers_out_of_range_are_refused(cls, wrong):
     with pytest.raises(ValueError, match=next(iter(wrong))):
         cls(params(), **wrong)
@@ -696,7 +715,9 @@ def test_hooks_of_the_state_dict_see_what_is_saved():
     optimizer.register_state_dict_post_hook(lambda _, saved: {"optimizer": saved})
     saved = optimizer.state_dict()["optimizer"]
     assert saved["state"][0]["state1"].device.type == "cpu" and "qmap1" in saved["state"][0]
-    assert optimizer.state[ps[0]]["state1"].untyped_storage().nbytes() > optimizer.state[ps[0]]["state1"].nbytes  # still the arena's
+    assert (
+        optimizer.state[ps[0]]["state1"].untyped_storage().nbytes() > optimizer.state[ps[0]]["state1"].nbytes
+    )  # still the arena's
 
 
 @pytest.mark.parametrize("late", ("gradients", "a group"))
@@ -807,3 +828,305 @@ def test_a_first_step_in_inference_mode():
     with torch.inference_mode():
         optimizer.step()
     optimizer.load_state_dict(optimizer.state_dict())
+
+
+# ---- what people had before: options of other optimizers, wrong ones, numbers changed later, states replaced
+
+
+NOTHING_ASKED = {
+    "amsgrad": (False,), "maximize": (False,), "capturable": (False,), "differentiable": (False,),
+    "decoupled_weight_decay": (True,), "foreach": (None, False, True), "fused": (None, False, True), "args": (None,),
+    "percentile_clipping": (100,), "block_wise": (True,),
+}  # fmt: skip
+OF_THE_CLASS = {
+    PagedAdamW: (32, True), PagedAdamW8bit: (8, True), AdamW8bit: (8, False), PagedLion: (32, True), PagedLion8bit: (8, True),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("cls", ALL)
+@pytest.mark.parametrize("which", (0, -1))
+def test_options_of_other_optimizers_that_ask_for_nothing_change_nothing(cls, which):
+    foreign = {name: values[which] for name, values in NOTHING_ASKED.items()}
+    foreign |= dict(zip(("optim_bits", "is_paged"), OF_THE_CLASS[cls], strict=True))
+    ps, qs = params(), params()
+    run(cls(ps, **hypers(cls)), ps, 2)
+    run(other := cls(qs, **hypers(cls), **foreign), qs, 2)
+    assert equal(ps, qs) and not foreign.keys() & other.param_groups[0].keys()
+    group = {"params": params(), **{name: value for name, value in foreign.items() if name != "args"}}
+    run(cls([group], **hypers(cls)), group["params"], 2)
+    assert equal(ps, group["params"])
+
+
+ASKED = {
+    "amsgrad": (True, "wanted False: these optimizers do not do it"), "maximize": (True, "wanted False: these"),
+    "capturable": (True, "wanted False: .* CUDA graph"), "differentiable": (True, "wanted False"),
+    "decoupled_weight_decay": (False, "wanted True: weight decay is apart"), "foreach": ("yes", "wanted None or False or True"),
+    "fused": (torch.ones(2), "wanted None or False or True: one launch"), "args": (object(), "wanted None"),
+    "optim_bits": (16, "wanted (8|32): the name of a class"), "is_paged": (None, "wanted (True|False): the name of a class"),
+    "percentile_clipping": (5, "wanted 100: clip gradients"), "block_wise": (False, "wanted True"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("cls", ALL)
+@pytest.mark.parametrize("name", ASKED)
+def test_options_of_other_optimizers_that_ask_for_something_are_refused(cls, name):
+    value, words = ASKED[name]
+    with pytest.raises(ValueError, match=f"^{name}: found .*, {words}"):
+        cls(params(), **{name: value})
+    optimizer = cls(params())
+    with pytest.raises(ValueError, match=f"^{name}: found .*, {words}"):
+        optimizer.add_param_group({"params": params(), name: value})
+    assert len(optimizer.param_groups) == 1
+
+
+@pytest.mark.parametrize("cls", ALL)
+def test_an_option_that_nobody_has_names_the_class_it_was_given_to(cls):
+    with pytest.raises(TypeError, match=rf"^{cls.__name__}\(\) got an unexpected keyword argument 'momentum'$"):
+        cls(params(), momentum=0.9)
+
+
+@pytest.mark.parametrize("cls", (PagedAdamW8bit, PagedLion))
+@pytest.mark.parametrize(
+    ("name", "wrong"),
+    [("budget", v) for v in ("1GB", 1.5, -1, True, 1e9)]
+    + [("min_8bit_size", v) for v in (None, -1, "4096", 4096.0, False)]
+    + [(name, v) for name in ("stochastic_rounding", "skip_nonfinite", "allow_oversubscription") for v in ("yes", 1, None)],
+)
+def test_options_of_another_kind_are_refused_at_once(cls, name, wrong):
+    with pytest.raises(ValueError, match=rf"^{name}: found {wrong!r}, wanted "):
+        cls(params(), **{name: wrong})
+
+
+META = torch.ones((), device="meta")
+BAD_NUMBERS = [
+    *(
+        (name, v)
+        for name in ("lr", "eps", "weight_decay")
+        for v in (torch.nan, torch.inf, -1e-3, "1e-4", None, 10**400, torch.ones(2), META)
+    ),
+    *(
+        ("betas", v)
+        for v in ((0.9, 1.0), (torch.nan, 0.9), (0.9,), (0.9, 0.9, 0.9), 0.9, None, ("0.9", "0.9"), (torch.ones(2), 0.9))
+    ),
+]
+
+
+@pytest.mark.parametrize(("name", "wrong"), BAD_NUMBERS, ids=lambda v: f"{v!r:.20}")
+@pytest.mark.parametrize("skips", (False, True))
+def test_numbers_changed_to_something_wrong_are_refused_before_any_parameter_moves(name, wrong, skips):
+    """In the second of two groups, so that the first has moved if anything has."""
+    ps = params()
+    optimizer = PagedAdamW8bit([{"params": ps[:3]}, {"params": ps[3:]}], skip_nonfinite=skips, stochastic_rounding=True)
+    run(optimizer, ps, 2)
+    before, drawn, kept = bytes_of(optimizer, ps), torch.get_rng_state(), optimizer.param_groups[1][name]
+    optimizer.param_groups[1][name] = wrong
+    for _ in range(2):
+        give_grads(ps, 2)
+        with pytest.raises(ValueError, match=f"^{name}: found .*, wanted (0|two)"):
+            optimizer.step()
+    optimizer.param_groups[1][name] = kept
+    assert all(map(torch.equal, before, bytes_of(optimizer, ps))) and torch.equal(drawn, torch.get_rng_state())
+    optimizer.step()
+    assert {entry["step"] for entry in optimizer.state_dict()["state"].values()} == {3}
+    with pytest.raises(ValueError, match=f"^{name}: found .*, wanted (0|two)"):
+        PagedAdamW8bit(params(), **{name: wrong})
+
+
+@pytest.mark.parametrize("cls", ALL)
+def test_numbers_may_be_tensors(cls):
+    """As torch has it: schedulers write into a rate that is a tensor, which stays the same one."""
+    runs = []
+    for wrap in (float, torch.tensor):
+        ps = params()
+        given = hypers(cls) | {"lr": wrap(2.0**-8), "betas": (wrap(0.5), wrap(0.75))}
+        optimizer = cls(ps, **given)
+        scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 0.5**step)
+        for step in range(3):
+            run(optimizer, ps, 1, first=step)
+            scheduler.step()
+        assert optimizer.param_groups[0]["lr"] == 2.0**-11 and (wrap is float or optimizer.param_groups[0]["lr"] is given["lr"])
+        other = cls(copies(ps))
+        other.load_state_dict(optimizer.state_dict())
+        run(other, other.param_groups[0]["params"], 1)
+        run(optimizer, ps, 1)
+        assert equal(ps, other.param_groups[0]["params"])
+        runs.append(ps)
+    assert equal(*runs)
+
+
+@pytest.mark.parametrize("kind", (None, "simulated", "staged"))
+@pytest.mark.parametrize("skips", (False, True))
+@pytest.mark.parametrize("how", ("one by one", "update", "|=", "the whole", "all of them"))
+@pytest.mark.parametrize("cls", (PagedAdamW8bit, PagedLion))
+def test_states_that_are_replaced_are_copied_to_where_they_lie(monkeypatch, cls, how, skips, kind):
+    if kind is not None:
+        paging_in(kind, monkeypatch)
+    ps, qs = params(), params()
+    options = {"skip_nonfinite": skips, "budget": 40_000, **hypers(cls)}
+    optimizer, other = cls(ps, **options), cls(qs, **options)
+    run(optimizer, ps, 3)
+    run(other, qs, 1, first=7)
+    lie = {p: {name: t.data_ptr() for name, t in other.state[p].items() if isinstance(t, torch.Tensor)} for p in qs}
+    optimizer.state_dict()  # all at home
+    entries = copy.deepcopy([optimizer.state[p] for p in ps])
+    assert {type(entry) for entry in entries} == {dict}
+    for q, entry in zip(qs, entries, strict=True):
+        if how == "one by one":
+            for name, value in entry.items():
+                other.state[q][name] = value
+        elif how == "update":
+            other.state[q].update(entry)
+        elif how == "|=":
+            other.state[q] |= entry
+        elif how == "the whole":
+            other.state[q] = entry
+    if how == "all of them":
+        other.state = dict(zip(qs, entries, strict=True))
+    for p, q in zip(ps, qs, strict=True):
+        q.data.copy_(p.data)
+    assert all(map(torch.equal, bytes_of(optimizer, ps), bytes_of(other, qs)))  # a state dict has them even before a step
+    run(optimizer, ps, 2, first=3)
+    run(other, qs, 2, first=3)
+    assert all(map(torch.equal, bytes_of(optimizer, ps), bytes_of(other, qs)))
+    assert all(other.state[q][name].data_ptr() == where for q, names in lie.items() for name, where in names.items())
+
+
+def test_states_sent_to_the_cpu_and_back_one_by_one_are_what_they_were():
+    """As trainers of language models do between phases."""
+    runs = []
+    for sends in (False, True):
+        ps = params()
+        optimizer = PagedAdamW8bit(ps)
+        run(optimizer, ps, 2)
+        for entry in optimizer.state.values() if sends else ():
+            for name, value in entry.items():
+                if isinstance(value, torch.Tensor):
+                    entry[name] = value.to("cpu", copy=True).requires_grad_(value.is_floating_point())
+                    assert not entry[name].requires_grad
+        run(optimizer, ps, 2, first=2)
+        runs.append(bytes_of(optimizer, ps))
+    assert all(map(torch.equal, *runs))
+
+
+@pytest.mark.parametrize("kind", (None, "simulated", "staged"))
+def test_states_may_change_places(monkeypatch, kind):
+    if kind is not None:
+        paging_in(kind, monkeypatch)
+    ps = params(shapes=((64, 80), (64, 80)))
+    optimizer, other = (PagedAdamW8bit(ts, budget=15_000) for ts in (ps, copies(ps)))
+    for o in (optimizer, other):
+        run(o, o.param_groups[0]["params"], 2)
+    first, second = other.state_dict()["state"].values()
+    optimizer.state[ps[0]], optimizer.state[ps[1]] = optimizer.state[ps[1]], optimizer.state[ps[0]]
+    for entry, wanted in zip(optimizer.state_dict()["state"].values(), (second, first), strict=True):
+        assert all(torch.equal(torch.as_tensor(entry[name]), torch.as_tensor(wanted[name])) for name in wanted)
+
+
+@pytest.mark.parametrize("skips", (False, True))
+def test_a_state_that_does_not_fit_is_refused_and_changes_nothing(skips):
+    ps = params()
+    optimizer = PagedAdamW8bit(ps, skip_nonfinite=skips)
+    run(optimizer, ps, 2)
+    before, state = bytes_of(optimizer, ps), optimizer.state[ps[0]]
+    for name, wrong in (
+        ("state1", state["state1"].float()), ("state2", state["state2"][1:]), ("absmax1", None), ("step", -1),
+        ("step", torch.ones(2)), ("step", 0.5),
+    ):  # fmt: skip
+        with pytest.raises(ValueError, match=f"^{name}: found .*, wanted"):
+            state[name] = wrong
+    assert all(map(torch.equal, before, bytes_of(optimizer, ps)))
+    for wrong, words in (
+        ({"step": 1}, "no absmax1"),
+        ([1], r"found \[1\]"),
+        ({**state, "state1": torch.ones(2)}, "state1: found torch.float32"),
+    ):
+        optimizer.state[ps[0]] = wrong
+        give_grads(ps, 1)
+        for call in (optimizer.step, optimizer.state_dict):
+            with pytest.raises(ValueError, match=rf"^state of a parameter \[300, 17\].*{words}"):
+                call()
+    optimizer.state[ps[0]] = state
+    assert all(map(torch.equal, before, bytes_of(optimizer, ps)))
+    state["mine"] = 3
+    optimizer.step()
+    assert optimizer.state[ps[0]]["mine"] == 3
+
+
+def test_a_cleared_entry_starts_anew():
+    ps, qs = params(), params()
+    optimizer, fresh = AdamW8bit(ps, skip_nonfinite=True), AdamW8bit(qs, skip_nonfinite=True)
+    run(optimizer, ps, 2)
+    for p, q in zip(ps, qs, strict=True):
+        p.data.copy_(q.data)
+        optimizer.state[p].clear()
+    assert not any(optimizer.state_dict()["state"].values())
+    run(optimizer, ps, 2)
+    run(fresh, qs, 2)
+    assert equal(ps, qs) and all(map(torch.equal, bytes_of(optimizer, ps), bytes_of(fresh, qs)))
+
+
+def test_how_torch_stepped_is_not_taken_with_its_states():
+    theirs = params()
+    optimizer = torch.optim.AdamW(theirs, lr=0.5, capturable=True, foreach=True)
+    run(torch.optim.AdamW(theirs), theirs, 1)
+    mine = PagedAdamW(copies(theirs))
+    mine.load_state_dict(optimizer.state_dict())
+    assert (
+        mine.param_groups[0]["lr"] == 0.5 and not {"capturable", "foreach", "fused", "differentiable"} & mine.param_groups[0].keys()
+    )
+    saved = torch.optim.Adam(theirs).state_dict()  # without weight decay, which it would not decouple
+    mine.load_state_dict(saved)
+    saved["param_groups"][0]["weight_decay"] = 0.1
+    with pytest.raises(ValueError, match="decoupled_weight_decay: found False"):
+        mine.load_state_dict(saved)
+
+
+# ---- compiled loops
+
+
+@pytest.mark.parametrize("kind", (None, "staged"))
+@pytest.mark.parametrize("how", ("step", "closure", "both in one"))
+def test_a_compiled_loop_gives_the_bits_of_a_plain_one_and_compiles_once(monkeypatch, how, kind):
+    if kind is not None:
+        paging_in(kind, monkeypatch)
+    torch._dynamo.reset()
+    runs = []
+    for compiled in (False, True):
+        compile = partial(torch.compile, backend="aot_eager") if compiled else lambda f: f
+        torch.manual_seed(0)
+        model = nn.Sequential(nn.Linear(64, 80), nn.ReLU(), nn.Linear(80, 64)).bfloat16()
+        optimizer = PagedAdamW8bit(model.parameters(), lr=1e-2, min_8bit_size=1000, stochastic_rounding=True)
+        scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 1 / (step + 1)) if how != "both in one" else None
+        forward = model if how == "both in one" else compile(model)
+
+        def loss(x, forward=forward):
+            return forward(x).square().mean()
+
+        def closure(x, optimizer=optimizer, loss=loss):
+            optimizer.zero_grad()
+            found = loss(x)
+            found.backward()
+            return found
+
+        def whole(x, optimizer=optimizer, closure=closure):
+            closure(x)
+            optimizer.step()
+
+        step = compile(optimizer.step if how != "both in one" else whole)
+        for turn in range(14):
+            frames = torch._dynamo.utils.counters["frames"]["total"]
+            x = torch.randn(4, 64, dtype=torch.bfloat16)
+            if how == "step":
+                closure(x)
+                step()
+            elif how == "closure":
+                step(partial(closure, x))
+            else:
+                step(x)
+            if scheduler is not None:
+                scheduler.step()
+            # The second turn has what the first had not: states, hooks, gradients of before.
+            assert turn < 2 or torch._dynamo.utils.counters["frames"]["total"] == frames
+        runs.append(bytes_of(optimizer, list(model.parameters())))
+    assert torch._dynamo.utils.counters["frames"]["ok"] > 0
+    assert all(map(torch.equal, *runs))

@@ -13,6 +13,8 @@ from .base import FlatOptimizer
 from .hypers import check_group
 from .saved import CODES, Entry, parts, taken
 
+_NOT_OURS = {"params", "foreach", "fused", "capturable", "differentiable"}  # how torch took its steps
+
 
 class Checkpointed(FlatOptimizer):
     """`state_dict`, `load_state_dict`, copies and pickles of a `FlatOptimizer`."""
@@ -51,7 +53,7 @@ class Checkpointed(FlatOptimizer):
             if entry != {}
         }
         new_groups = [
-            {**group, **deepcopy({k: v for k, v in saved.items() if k != "params"})}
+            {**group, **deepcopy({k: v for k, v in saved.items() if k not in _NOT_OURS})}
             for group, saved in zip(groups, saved_groups, strict=True)
         ]
         for group in new_groups:
@@ -70,34 +72,22 @@ class Checkpointed(FlatOptimizer):
                 pools.setdefault(place[0], []).append(p)
             for params in pools.values():
                 self._allocate(params)
-        self._allocate([*entries, *self._pool_of])
+        self._allocate(entries)
         self._plan = None
-        self._bring_home()
-        for p in self._pool_of:
-            step, tensors, _ = entries.get(p, (0, {}, None))
-            own = self.state[p]
-            for name in _states(own):
-                own[name].copy_(tensors[name]) if name in tensors else own[name].zero_()
-            if isinstance(own["step"], Tensor):
-                own["step"].fill_(step)
-            else:
-                own["step"] = step
-
-    def _bring_home(self) -> None:
-        """All states where `state` has views of them."""
-        for pool in self._pools:
-            pool.memory.home()
+        self._write({p: entries.get(p, (0, {}, None)) for p in self._pool_of})
 
     def _plain(self) -> dict[Tensor, dict[str, Any]]:
         """Copies of all states on the CPU, which own their memory; maps are the same for all."""
+        self._settle(p for p in self._pool_of if self.state.get(p))
         self._bring_home()
         maps = {name: codebook(code).clone() for name, code in (("qmap1", CODES["state1"]), ("qmap2", CODES["state2"]))}
         found: dict[Tensor, dict[str, Any]] = {}
         for p, pool in self._pool_of.items():
-            if "step" not in (own := self.state.get(p, {})):
+            if not self.state.get(p):  # cleared
                 continue
-            found[p] = {"step": int(own["step"]), **{name: own[name].to("cpu", copy=True) for name in _states(own)}}
-            found[p] |= {name: t for name, t in maps.items() if f"absmax{name[-1]}" in own}
+            shown = self._shown[p]
+            found[p] = {"step": int(shown["step"]), **{name: t.to("cpu", copy=True) for name, t in shown.own.items()}}
+            found[p] |= {name: t for name, t in maps.items() if f"absmax{name[-1]}" in shown.own}
             if self._options["stochastic_rounding"]:
                 found[p]["place"] = torch.tensor([self._pools.index(pool), pool.offsets[p]])
         return found
@@ -113,8 +103,3 @@ class Checkpointed(FlatOptimizer):
             self._forget()
             rule = self._options["rule"]
             self._take({p: taken(entry, p, rule, self._bits(p), "state") for p, entry in entries.items()})
-
-
-def _states(entry: dict[str, Any]) -> list[str]:
-    """Names of the states and their scales, whatever else somebody put there."""
-    return [name for name in ("state1", "state2", "absmax1", "absmax2") if name in entry]

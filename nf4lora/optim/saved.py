@@ -8,6 +8,7 @@ from torch import Tensor
 from ..codebook import codebook
 from ..reference_optim import STATE_BLOCKSIZE
 from .pool import NAMES
+from .shown import count
 
 CODES = {"state1": "dynamic", "state2": "unsigned_dynamic"}
 WRAPPED = "__bnb_optimizer_quant_state__"  # where bitsandbytes puts what FSDP must not reshape
@@ -66,14 +67,7 @@ def taken(entry: dict[str, Any], p: Tensor, rule: str, bits: int, where: str) ->
     if place is not None and not (isinstance(place, Tensor) and place.dtype == torch.int64 and place.shape == (2,)):
         raise ValueError(f"{where}.place: found {place!r:.80}, wanted torch.int64 [2]")
     states = {name: entry[name] for name in wanted if not name.startswith("qmap")}
-    return _count(entry["step"], where), states, None if place is None else tuple(place.tolist())
-
-
-def _count(step: Any, where: str) -> int:
-    value = step.item() if isinstance(step, Tensor) and step.numel() == 1 else step
-    if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 <= value < 2**31 or value != int(value):
-        raise ValueError(f"{where}.step: found {step!r:.80}, wanted a count of steps")
-    return int(value)
+    return count(entry["step"], f"{where}.step"), states, None if place is None else tuple(place.tolist())
 
 
 def _kind(rule: str, bits: int) -> str:
