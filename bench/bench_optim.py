@@ -1,7 +1,7 @@
 """Steps of the optimizers: ours, torch's and bitsandbytes', on the adapters of Llama-3-8B (all linears, r = 16).
 
-"resident": states on the device. Bytes of a step are the fewest there can be, beside a copy of as many. `eager_ms` is
-    the host's time of `step()`. bitsandbytes pages no tensor below 1e5 elements: of these 448 only the 96 of 16 × 14336.
+"resident": states on the device, which on a CPU all are. Bytes of a step are the fewest there can be, beside a copy of as
+    many. `eager_ms` is the host's time of `step()`. bitsandbytes pages no tensor below 1e5 elements: of these 448 only the 96 of 16 × 14336.
 "moves": states that go to the device and home, in chunks of 32 and 64 MiB, beside copies of as many bytes between the
     device and pinned memory, in both directions at once where a step does so too. Whether a fetch left pages behind is
     seen from one pass over the states right after it, beside one over plain memory: a page of 2 MiB that is not there
@@ -44,12 +44,18 @@ KINDS = ("resident", "moves", "hidden", "full", "blocks", "spike")
 
 
 def cases(
-    device: str, only: Sequence[str], absent: list[str], made: list[Case], backend: str | None = None
+    device: str,
+    only: Sequence[str],
+    absent: list[str],
+    made: list[Case],
+    backend: str | None = None,
+    adapters: Work | None = None,
 ) -> Iterator[Callable[[], Case]]:
-    """Most important first; those of "resident" are `made` too. On a CPU every size is a toy's, and what pages is copied
-    at once: a look at whether it runs."""
+    """Most important first; those of "resident" are `made` too. On a CPU all others are of a toy's size, and what pages is
+    copied at once: a look at whether it runs."""
     cuda, backend = device == "cuda", backend or device
-    work = Work("r = 16 of Llama-3-8B", lora_shapes()) if cuda else Work("toy", lora_shapes(2, 2)[:24], device="cpu")
+    adapters = adapters or Work("r = 16 of Llama-3-8B", lora_shapes(), device=device)
+    work = adapters if cuda else Work("toy", lora_shapes(2, 2)[:24], device="cpu")
     chunks, places = ((32 * MIB, 64 * MIB), PLACES[:2]) if cuda else ((MIB // 16, MIB // 8), PLACES[1:2])
     if cuda:
         full, tokens = Work("1.0 B parameters, bfloat16", ((4096, 4096),) * 60, torch.bfloat16), 8192
@@ -65,13 +71,13 @@ def cases(
         return lambda: build(make, *args)
 
     def resident(title: str) -> Case:
-        made.append(resident_case(work, title, backend, absent))
+        made.append(resident_case(adapters, title, backend, absent))
         return made[-1]
 
     def hidden(title: str) -> Case:
         return cycle_case(work, title, f"{title}, 100 ms", Waiting(work, 100.0), backend, places)
 
-    def whole() -> Case:
+    def full_tuning() -> Case:
         name = f"AdamW, 8 bits, {full.title}, {tokens} tokens"
         return cycle_case(full, "AdamW, 8 bits", name, Products(full, tokens), backend, places, 256 * MIB)
 
@@ -87,7 +93,7 @@ def cases(
     if "hidden" in only:
         yield from (case(hidden, title) for title in of_adamw)
     if "full" in only:
-        yield case(whole)
+        yield case(full_tuning)
     if "blocks" in only:
         counts = [count * multiprocessors for count in (1, 2, 3, 8)]
         yield from (case(blocks_case, work, title, backend, counts) for title in of_adamw)

@@ -75,7 +75,8 @@ def resident_case(work: Work, title: str, backend: str, absent: list[str]) -> Ca
     """A step whose states are on the device."""
     rule = RULES[title]
     contenders = {"nf4lora": ours(Loop, work, rule, backend)}
-    if rule is not PagedLion8bit:
+    pages = work.device == "cuda"
+    if rule is not PagedLion8bit and pages:
         plain = AdamW8bit if rule is PagedAdamW8bit else rule
         contenders["nf4lora, not paged"] = ours(Loop, work, plain, backend, "resident")
     if backend == "cuda" and rule is not PagedAdamW:
@@ -84,7 +85,7 @@ def resident_case(work: Work, title: str, backend: str, absent: list[str]) -> Ca
     for how in ("fused", "foreach") if "AdamW" in title else ():
         with _or_absent(absent, f"{title}, torch {how}"):
             contenders[f"torch {how}"] = _theirs(work, partial(torch.optim.AdamW, **HYPERS, **{how: True}))
-    for name, theirs in BITSANDBYTES[rule].items():
+    for name, theirs in (BITSANDBYTES[rule] if pages else {"bitsandbytes": rule.__name__.removeprefix("Paged")}).items():
         if reason := why_not("bitsandbytes", device=work.device):
             absent.append(f"{title}, {name}: {reason}")
             continue

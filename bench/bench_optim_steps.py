@@ -1,5 +1,6 @@
 """What bench_optim times: steps over parameters of their own, moves of states, both beside a backward."""
 
+import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, replace
@@ -69,10 +70,11 @@ PLACES = ("managed", "pinned staging", "resident")
 
 @contextmanager
 def placed(place: str | None, chunk_bytes: int | None = None) -> Iterator[None]:
-    """States allocated inside are in one of PLACES, paged in chunks of this size; None for what the package chooses."""
+    """States allocated inside are in one of PLACES, paged in chunks of this size, and stay until they are sent; None for
+    what the package chooses."""
 
     def chooser(paged: bool, budget: int | None, allow_oversubscription: bool) -> Callable[..., Any]:
-        return {"managed": Managed, "pinned staging": partial(Staged, budget=budget), "resident": Resident}[place]
+        return {"managed": Managed, "pinned staging": partial(Staged, budget=sys.maxsize if budget is None else budget), "resident": Resident}[place]
 
     kept = base.chooser, pool.CHUNK_BYTES
     base.chooser, pool.CHUNK_BYTES = chooser if place else kept[0], chunk_bytes or kept[1]

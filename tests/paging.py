@@ -1,5 +1,6 @@
 """Properties every pager must have over every memory that pages: drawn cases, an exact LRU to compare with, a driver."""
 
+import weakref
 from collections.abc import Callable, Sequence
 from contextlib import closing, nullcontext
 from dataclasses import dataclass, field
@@ -9,9 +10,10 @@ import torch
 from hypothesis import strategies as st
 from torch import Tensor
 
+from nf4lora.managed import RESERVE
 from nf4lora.optim.memory import Layout, Resident
-from nf4lora.optim.simulated import Clocks, Injected, Simulated
-from nf4lora.optim.staged import InOrder
+from nf4lora.optim.simulated import Clocks, Injected, Simulated, Unordered
+from nf4lora.optim.streams import InOrder
 
 
 class Abandoned(Exception):
@@ -22,7 +24,8 @@ class Abandoned(Exception):
 class Step:
     """chunks: stepped, in the caller's order. announced: before it. during: what happens at which of its yields.
 
-    room: bytes asked for after it; home: whether it is saved, and loaded with other contents, after that.
+    room: bytes asked for after it; home: whether it is saved, and loaded with other contents, after that. others: bytes of
+    the device that others take from before its announcements on, and from before its first chunk on.
     """
 
     chunks: list[int]
@@ -31,15 +34,22 @@ class Step:
     room: int = 0
     home: bool = False
     at_once: bool = False  # by `all`, where everything fits
+    others: tuple[int, int] = (0, 0)
 
 
 @dataclass
 class Case:
+    """room: bytes of a device on which nothing stays between steps; whole: if all of it may be one arena there; hopeful: if
+    the device says that there is room where there is none, or only in pieces."""
+
     layout: Layout
     budget: int | None
     ahead: int
     steps: list[Step]
     fail_at: tuple[int, ...] = ()
+    room: int | None = None
+    whole: bool = True
+    hopeful: bool = False
 
     @property
     def bytes(self) -> int:
@@ -59,7 +69,7 @@ UINT8 = Layout(256 * 9, (torch.uint8,), 512)
 
 
 @st.composite
-def cases(draw, orderly: bool = False, failures: bool = False):
+def cases(draw, orderly: bool = False, failures: bool = False, stays: bool = True):
     """orderly: nothing happens during steps, and every chunk of one is stepped. Steps are numbers, which draw quickly."""
     per_chunk, blocks, room = draw(st.integers(1, 3)), draw(st.integers(1, 18)), draw(st.integers(-1, 18))
     dtypes = draw(st.sampled_from([(torch.uint8,), (torch.float32,), (torch.float32, torch.uint8)]))
@@ -70,8 +80,15 @@ def cases(draw, orderly: bool = False, failures: bool = False):
         for number in draw(st.lists(st.integers(0, 10**9), min_size=1, max_size=5))
     ]
     fail_at = tuple(draw(st.lists(st.integers(1, 60), min_size=1, max_size=4))) if failures else ()
-    budget = None if room < 0 else room * unit + draw(st.sampled_from([0, 0, -1, 1]))
-    return Case(layout, budget if budget is None else max(budget, 0), draw(st.integers(0, 3)), steps, fail_at)
+    budget = None if room < 0 else max(room * unit + draw(st.sampled_from([0, 0, -1, 1])), 0)
+    ahead = draw(st.integers(0, 3))
+    if stays:
+        return Case(layout, budget, ahead, steps, fail_at)
+    room = max(budget if budget is not None else 20 * unit, layout.nbytes(0))
+    for step in steps:
+        free = room - layout.nbytes(0)
+        step.others = draw(st.tuples(*[st.sampled_from([0, 0, free, free // 2, free - min(free, unit)])] * 2))
+    return Case(layout, None, ahead, steps, fail_at, room, draw(st.booleans()), not orderly and draw(st.booleans()))
 
 
 def a_step_of(number: int, layout: Layout, unit: int, orderly: bool) -> Step:
@@ -96,8 +113,16 @@ class Watched(Simulated):
     """Finds more than the budget on the device as soon as it happens."""
 
     def __init__(self, case: Case) -> None:
-        self.budget = case.bytes
-        super().__init__(case.layout, max(case.bytes, case.layout.nbytes(0)), case.fail_at)
+        self.budget, self.may_be_whole, self.hopeful = case.bytes, case.whole, case.hopeful
+        stays = case.room is None
+        super().__init__(
+            case.layout, max(case.bytes, case.layout.nbytes(0)) if stays else case.room, case.fail_at, stays
+        )
+
+    @property
+    def whole(self) -> bool:
+        """As of memory that takes all of it at once."""
+        return self.stays or (self.may_be_whole and self.budget + self.others <= self.capacity)
 
     def fetch(self, chunk: int) -> None:
         super().fetch(chunk)
@@ -106,14 +131,54 @@ class Watched(Simulated):
 
 
 class Recorded(InOrder):
-    """Streams that do everything at once, and raise where nothing but luck ordered it. Calls of `fail_at` raise, once `armed`."""
+    """Streams that do everything at once, and raise where nothing but luck ordered it. Calls of `fail_at` raise, once `armed`.
 
-    def __init__(self, fail_at: tuple[int, ...] = ()) -> None:
-        self.clocks = Clocks("current", "in", "out")
+    room: bytes of the device, beside `RESERVE`, of which `others` take some. Where it is hopeful, they are free in pieces
+    only: every third allocation fails. `wrong`: what of the memory that was dropped might still be used then.
+    """
+
+    def __init__(self, fail_at: tuple[int, ...] = (), room: int | None = None, hopeful: bool = False) -> None:
+        self.clocks = Clocks("current", "in", "out", "next")
         self.fail_at, self.armed, self.calls = fail_at, False, 0
         self.copies = {"in": 0, "out": 0}
         self.synchronized = 0
-        self.shared: list[Tensor] = []
+        self.shared: list[int] = []  # addresses
+        self.bytes, self.hopeful, self.others = room, hopeful, 0
+        self.taken = self.most_taken = self.taking = 0
+        self.wrong: list[Unordered] = []
+
+    def room(self) -> tuple[int, int] | None:
+        if self.bytes is None:
+            return None
+        return self.bytes + RESERVE, self.others + self.taken
+
+    def empty(self, numel: int, dtype: torch.dtype) -> Tensor:
+        self.call("empty")
+        self.taking += 1
+        nbytes = numel * dtype.itemsize
+        over = self.bytes is not None and self.taken + self.others + nbytes > self.bytes
+        if over or (self.hopeful and self.taking % 3 == 0):
+            raise torch.OutOfMemoryError(f"found no room for {nbytes} bytes")
+        t = torch.empty(numel, dtype=dtype)
+        self.kernel([t])  # which used this memory before it was freed
+        self.taken += nbytes
+        self.most_taken = max(self.most_taken, self.taken)
+        alias = torch.empty(0, dtype=torch.uint8).set_(t.untyped_storage())  # which does not keep t
+        weakref.finalize(t, self.drop, alias).atexit = False
+        return t
+
+    def drop(self, memory: Tensor) -> None:
+        """Its next user comes after what is under way on the streams that allocated it or share it."""
+        self.taken -= memory.nbytes
+        for stream in ("current", *(("in", "out") if memory.data_ptr() in self.shared else ())):
+            self.clocks.wait("next", self.clocks.record(stream))
+        try:
+            self.clocks.access("next", [memory], write=True)
+        except Unordered as error:
+            self.wrong.append(error)
+        self.clocks.forget(memory)
+        self.shared = [address for address in self.shared if address != memory.data_ptr()]
+        memory.fill_(255)
 
     def copy(self, stream: str, to: Tensor, of: Tensor) -> None:
         self.call("copy")
@@ -136,8 +201,8 @@ class Recorded(InOrder):
         self.clocks.synchronize("in", "out")
 
     def share(self, t: Tensor) -> None:
-        self.shared.append(t)
-        self.kernel([t])  # which used this memory before it was freed
+        self.call("share")
+        self.shared.append(t.data_ptr())
 
     def kernel(self, arenas: Sequence[Tensor]) -> None:
         self.clocks.access("current", arenas, write=True)
@@ -221,8 +286,10 @@ class Play:
         memory,
         launched: Callable = lambda arenas: None,
         host: Callable = lambda arenas: None,
+        device=None,
     ) -> None:
         self.case, self.memory, self.launched, self.host = case, memory, launched, host
+        self.device = device or memory  # whose `others` take of its room
         self.plain = Resident(case.layout, torch.device("cpu"))
         self.pager = pager(memory, case.budget, case.ahead)
         self.number = self.errors = 0
@@ -232,7 +299,7 @@ class Play:
         for _ in range(10):
             try:
                 return act()
-            except Injected:
+            except (Injected, torch.OutOfMemoryError):
                 self.errors += 1
         raise AssertionError("it fails for ever")
 
@@ -240,12 +307,20 @@ class Play:
         for t in arenas:
             t.mul_(3).add_(self.number)
 
+    def announce(self, chunk: int) -> None:
+        try:
+            self.pager.prefetch(chunk)
+        except Injected:
+            self.errors += 1
+
     def step(self, step: Step) -> list[int]:
         """Returns the chunks in the order in which they were stepped."""
         self.number += 1
+        self.device.others = step.others[1]
         done: list[int] = []
         if step.at_once and self.pager.fits:
             self.retried(lambda: self.at_once(done))
+        if done:
             return done
         during = dict(step.during)
         for _ in range(20):
@@ -253,6 +328,9 @@ class Play:
                 self.some([c for c in step.chunks if c not in done], done, during)
                 return done
             except (Injected, Abandoned):
+                self.errors += 1
+            except torch.OutOfMemoryError:
+                assert self.case.hopeful and (self.errors or not done), "out of memory in the middle of a step"
                 self.errors += 1
         raise AssertionError("it fails for ever")
 
@@ -281,7 +359,7 @@ class Play:
         assert set(todo) <= set(done)
 
     def at_once(self, done: list[int]) -> None:
-        if done:  # launched, but then marking the chunks as used raised
+        if done or not self.pager.fits:  # launched, but then marking the chunks as used raised; or there is no room now
             return
         with self.pager.all() as arenas:
             self.both(None, arenas)
@@ -311,9 +389,13 @@ def unruly(case: Case, pager: Callable, memory=None, **hooks: Callable) -> Play:
     """Whatever happens around and during steps, and whichever calls fail, contents are those of a run without paging."""
     play = Play(case, pager, memory or Watched(case), **hooks)
     for n, step in enumerate(case.steps):
+        play.device.others = step.others[0]
         for chunk in step.announced:
-            play.retried(lambda chunk=chunk: play.pager.prefetch(chunk))
+            play.announce(chunk)
+        errors = play.errors
         play.step(step)
+        if case.room is not None and errors == play.errors:
+            gone(play)
         resident(play)
         play.retried(lambda step=step: play.pager.make_room(step.room))
         if step.room >= 10**9:
@@ -323,6 +405,15 @@ def unruly(case: Case, pager: Callable, memory=None, **hooks: Callable) -> Play:
             play.home(n + 2)
     play.end()
     return play
+
+
+def gone(play: Play) -> None:
+    """All room is others'."""
+    assert play.pager.resident_bytes == 0
+    if isinstance(play.memory, Simulated):
+        assert play.memory.resident == set() and play.memory.log[-1] == ("trim", -1)
+    else:
+        assert play.device.taken == 0
 
 
 def resident(play: Play) -> None:
@@ -353,6 +444,48 @@ def orderly(case: Case, pager: Callable) -> None:
         assert play.pager.resident_bytes <= case.bytes
         assert play.pager.make_room(step.room) == lru.room(step.room)
         assert memory.resident == set(lru.here)
+        if step.home:
+            play.home(n + 2)
+    play.end()
+    assert memory.faults == 0
+
+
+def passing(case: Case, pager: Callable) -> None:
+    """Where nothing stays: what is announced comes once, if there is room; each chunk of a step comes at most once, ahead of
+    its use if there is room, and leaves as soon as it was stepped."""
+    memory, size = Watched(case), case.layout.nbytes
+    play = Play(case, pager, memory)
+    for n, step in enumerate(case.steps):
+        memory.others = step.others[0]
+        announced: list[int] = []
+        for chunk in step.announced:
+            for _ in range(2):
+                memory.log.clear()
+                room = case.room - memory.others - sum(map(size, memory.resident))
+                comes = chunk not in announced and size(chunk) <= room
+                announced.append(chunk)
+                play.pager.prefetch(chunk)
+                assert memory.log == [("fetch", chunk)] * comes
+        there, memory.log = [c for c in dict.fromkeys(announced) if c in memory.resident], []
+        free = case.room - step.others[1]
+        at_home = set(range(case.layout.count)) - set(there)
+        done = play.step(step)
+        crowded = sum(map(size, there)) + size(0) > free
+        if not crowded:
+            assert done == [c for c in there if c in step.chunks] + [c for c in step.chunks if c in at_home]
+            assert [c for name, c in memory.log if name == "fetch"] == [c for c in step.chunks if c in at_home]
+        assert sorted(done) == sorted(step.chunks)
+        assert [c for name, c in memory.log if name == "wait"] == done
+        for chunk in done:
+            at = memory.log.index(("used", chunk))
+            assert memory.log[at + 1] == ("send", chunk)
+        if case.ahead and not crowded:
+            for place, chunk in enumerate(done[1:], 1):
+                before = memory.log.index(("touch", done[place - 1]))
+                late = ("fetch", chunk) in memory.log[before:]
+                assert not late or size(chunk) + size(done[place - 1]) + sum(map(size, there)) > free
+        gone(play)
+        assert play.pager.make_room(step.room) == 0
         if step.home:
             play.home(n + 2)
     play.end()

@@ -223,7 +223,8 @@ def test_states_that_are_lost_on_their_way_get_no_time(monkeypatch, title):
 
 def test_the_command_at_toy_size(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(sys, "argv", ["bench_optim", "--device", "cpu", "--out", str(tmp_path)])
-    measure = bench_optim.measure
+    measure, cases = bench_optim.measure, bench_optim.cases
+    monkeypatch.setattr(bench_optim, "cases", partial(cases, adapters=TINY))
     monkeypatch.setattr(bench_optim, "measure", lambda *args, rounds: measure(*args, rounds=1))
     (tmp_path / "cpu_optim.json").write_text("of another run")
     assert bench_optim.main() == 0
@@ -237,9 +238,8 @@ def test_the_command_at_toy_size(tmp_path, monkeypatch, capsys):
         for case in dict.fromkeys(row["case"] for row in rows)
     }
     torchs = ["torch fused", "torch foreach"]
-    assert of[ADAMW][:5] == ["nf4lora", "nf4lora, not paged", *torchs, "bitsandbytes paged"]
-    assert of[CODED][:6] == ["nf4lora", "nf4lora, not paged", *torchs, "bitsandbytes paged", "bitsandbytes"]
-    assert of[LION] == ["nf4lora", "bitsandbytes paged", "copy", "nf4lora (again)", *of[LION][4:]]
+    assert of[ADAMW][:4] == of[CODED][:4] == ["nf4lora", *torchs, "bitsandbytes"]
+    assert of[LION] == ["nf4lora", "bitsandbytes", "copy", "nf4lora (again)", *of[LION][4:]]
     moves = [
         f"{ADAMW}: step in chunks, both ways",
         *(f"{t}: {what}" for t in (ADAMW, CODED) for what in ("to the device", "home")),
@@ -250,13 +250,13 @@ def test_the_command_at_toy_size(tmp_path, monkeypatch, capsys):
     assert [(found["case"], found["contender"]) for found in document["hidden"]] == [
         (f"{title}, 100 ms", "pinned staging") for title in (ADAMW, CODED)
     ]
-    assert len(document["launches"]) == 13 and {row["launches"] for row in document["launches"]} == {None}
+    assert len(document["launches"]) == 10 and {row["launches"] for row in document["launches"]} == {None}
     assert "hidden" in capsys.readouterr().out
     document["hidden"][0] |= {"moves_ms": 6.51, "hidden": [0.97, 0.99, 0.8]}
     text = report.markdown(document)
     assert "| states at home before a backward | both moves alone | hidden by it |" in text
     assert f"| {ADAMW}, 100 ms: pinned staging | 6.5 ms | 97% [99 … 80] |" in text
-    assert "| step, states on the device, toy | nf4lora | nf4lora, not paged | torch fused | torch foreach |" in text
+    assert "| step, states on the device, tiny | nf4lora | torch fused | torch foreach |" in text
 
 
 def test_only_what_is_asked_for(monkeypatch, tmp_path):
@@ -272,10 +272,10 @@ def test_who_cannot_run_is_named(monkeypatch):
     monkeypatch.setattr(torch.optim, "AdamW", None)
     absent = []
     case = bench_optim_cases.resident_case(TINY, ADAMW, "cpu", absent)
-    assert list(case.contenders) == ["nf4lora", "nf4lora, not paged", "copy"]
+    assert list(case.contenders) == ["nf4lora", "copy"]
     assert (
         absent[0].startswith(f"{ADAMW}, torch fused: TypeError: ")
-        and absent[2] == f"{ADAMW}, bitsandbytes paged: not for cpu"
+        and absent[2] == f"{ADAMW}, bitsandbytes: not for cpu"
     )
 
 

@@ -314,7 +314,7 @@ def place(monkeypatch):
 
     def choose(name):
         def chooser(paged, budget, allow_oversubscription):
-            return (lambda layout, device: Staged(layout, device, budget)) if name == "pinned staging" else PLACES[name]
+            return (lambda layout, device: Staged(layout, device, sys.maxsize if budget is None else budget)) if name == "pinned staging" else PLACES[name]
 
         monkeypatch.setattr(base, "chooser", chooser)
 

@@ -30,8 +30,8 @@ class FlatOptimizer(torch.optim.Optimizer):
     paged: states in unified memory, which gives way to plain allocations; on a CPU nothing pages, which is said once
     stochastic_rounding: of bfloat16 parameters; draws one number a step from torch's CPU generator
     skip_nonfinite: a step that finds a NaN or Inf in any gradient changes nothing, and is not counted
-    budget: bytes of state to keep on a device, None for all; allow_oversubscription: hold more managed memory than a
-        device has free
+    budget: bytes of state to keep on a device, None for all that there is room for; allow_oversubscription: hold more managed
+        memory than a device has free
     Options of torch's and bitsandbytes' optimizers (amsgrad, fused, optim_bits, …) may have the value that asks for nothing.
     `state` shows each parameter's step and states; other values put there are copied in.
     Raises: ValueError for options and hyper-parameters out of range, and for a parameter of another shape or dtype than at its

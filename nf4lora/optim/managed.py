@@ -1,6 +1,7 @@
 """States of an optimizer in CUDA's managed memory: one arena for each kind of state, of which chunks are sent home and fetched."""
 
 import ctypes
+import warnings
 import weakref
 from collections.abc import Sequence
 from ctypes import byref, c_void_p
@@ -16,7 +17,10 @@ class Managed(Memory):
     """A `Memory` whose chunks keep their addresses wherever they are; all of them begin at home, as zeros.
 
     Moves run on a stream of its own, between events: kernels use a chunk after its last move, and a move starts after its
-    last use. They are told to the driver, which obeys as long as the GPU has room; what it did instead costs time only.
+    last use. They are told to the driver, which obeys as long as the GPU has room; what it did instead, or that it refused,
+    costs time only, as kernels find pages by faults: a move that was refused is said once, by a RuntimeWarning.
+    With allow_oversubscription, states that do not fit what the device has free have a `budget`: what fits beside the rest
+    that this process holds, two chunks at least. Kernels on more than that would wait for nothing but faults.
     Raises: NotImplementedError where a device cannot share memory with the host at all times (WSL, Windows, before sm_60), or
     the CUDA library is not there; RuntimeError where this process would hold more managed memory than the device has free,
     unless allow_oversubscription; with the name of CUDA's error, having done nothing; on a stream that is captured into a
@@ -41,6 +45,8 @@ class Managed(Memory):
                 [layout.numel] * len(layout.dtypes), layout.dtypes, device, at_home=True,
                 allow_oversubscription=allow_oversubscription, stream=self._side, calls=calls,
             )  # fmt: skip
+            if allow_oversubscription:
+                self.budget = self._found_budget(managed.room(device, calls))
             for event in self._moved:
                 self._record(event, self._side)
         except BaseException:
@@ -50,6 +56,7 @@ class Managed(Memory):
         self._here: set[int] = set()  # chunks that were fetched and not sent
         self._torn: set[int] = set()  # chunks of which a move failed half-way, or that the host may have drawn home
         self._opened: int | None = None  # the stream on which what `home` gave is read and written
+        self._refused = False  # whether a move was, and it was said
 
     def fetch(self, chunk: int) -> None:
         self._begin()
@@ -122,10 +129,24 @@ class Managed(Memory):
     def _move(self, chunk: int, place: int) -> None:
         self._wait(self._used[chunk], self._side)
         self._torn.add(chunk)
+        refusal = ""
         for t in self.arenas(chunk):
-            self._calls.prefetch(t, place, self._side)
+            try:
+                self._calls.prefetch(t, place, self._side)
+            except RuntimeError as error:  # a hint was not taken: the next call tells if the device is lost
+                refusal = str(error)
         self._record(self._moved[chunk], self._side)
         self._torn.discard(chunk)
+        if refusal and not self._refused:
+            self._refused = True
+            what = f"paged optimizer: {refusal}; steps go on, and are slower where pages were not moved ahead"
+            warnings.warn(what, RuntimeWarning, stacklevel=2)
+
+    def _found_budget(self, room: managed.Room) -> int | None:
+        """What is left for these states of a device that holds them too, at home; None where all are."""
+        over = room.held - max(room.free + room.resident - managed.RESERVE, 0)
+        sizes = [self.layout.nbytes(chunk) for chunk in range(self.layout.count)]
+        return max(sum(sizes) - over, 2 * sizes[0]) if over > 0 and sizes else None
 
     def _record(self, event: managed.ManagedHandle, stream: int) -> None:
         self._calls("event_record", event, stream)

@@ -39,10 +39,21 @@ class Memory(Protocol):
     """What a pager asks of memory. Moves are started, never waited for by the host; a call that raises has done nothing."""
 
     layout: Layout
+    budget: int | None = None  # bytes to keep on the device where the user named none; None: all
     slips: bool = False  # whether the system may send chunks home unasked, so that a fetch is worth repeating
+    stays: bool = True  # whether chunks stay on the device between steps; else they go home, then `trim`
+
+    @property
+    def whole(self) -> bool:
+        """Whether all chunks may be on the device side by side, as `arenas(None)`."""
+        return True
+
+    def has_room(self, chunk: int) -> bool:
+        """Whether the device has room to spare for a chunk that no step has asked for yet."""
+        return True
 
     def fetch(self, chunk: int) -> None:
-        """Start to move a chunk to the device, after the last `send` of it."""
+        """Start to move a chunk to the device, after the last `send` of it. torch.OutOfMemoryError without room."""
 
     def send(self, chunk: int) -> None:
         """Start to move a chunk home, after everything launched on it before the last `used`."""
@@ -64,6 +75,9 @@ class Memory(Protocol):
 
         The one method that may wait for the device.
         """
+
+    def trim(self) -> None:
+        """Give back what no chunk on the device needs."""
 
     def close(self) -> None:
         """Give the memory back; nothing else may be called after."""

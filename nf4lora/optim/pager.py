@@ -3,6 +3,7 @@
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 
+import torch
 from torch import Tensor
 
 from .memory import Memory
@@ -12,7 +13,8 @@ class Pager:
     """Places the chunks of `memory`, which has none of them on the device at first.
 
     budget: bytes of states on the device, None for all of them. A chunk larger than that comes alone and leaves with the
-    step's end. ahead: how many chunks are on their way while another is stepped.
+    step's end. ahead: how many chunks are on their way while another is stepped. Where chunks do not stay (`memory.stays`),
+    each leaves once it was stepped, and the others with the step's end; what no step has asked for comes if there is room.
 
     A step, with `order` the chunks in it:
 
@@ -22,7 +24,8 @@ class Pager:
             for chunk in pager.stepping(order): launch on memory.arenas(chunk)
 
     Nothing here waits for the device. One thread calls at a time. What the memory raises is passed on: moves made before
-    it stand, and any method may be called again.
+    it stand, and any method may be called again. torch.OutOfMemoryError comes of a step alone, and before its first chunk
+    where the memory takes over the room of chunks that left.
     """
 
     def __init__(self, memory: Memory, budget: int | None = None, ahead: int = 1) -> None:
@@ -44,8 +47,8 @@ class Pager:
 
     @property
     def fits(self) -> bool:
-        """Whether the budget holds all chunks at once."""
-        return sum(self._sizes) <= self._budget
+        """Whether the budget, and the memory now, hold all chunks at once."""
+        return sum(self._sizes) <= self._budget and self._memory.whole
 
     def prefetch(self, chunk: int) -> None:
         """Announces that the next step needs a chunk, and fetches it if there is room: for hooks on gradients.
@@ -54,11 +57,13 @@ class Pager:
         here is fetched again, once, where the system may have sent it home.
         """
         self._check((chunk,))
-        if self._memory.slips and chunk in self._here and chunk not in self._announced:
+        again = chunk in self._announced
+        if self._memory.slips and chunk in self._here and not again:
             self._memory.fetch(chunk)
         self._announced.add(chunk)
         self._needed.add(chunk)
-        self._bring(chunk)
+        if not again:  # to ask for room takes its time
+            self._bring(chunk)
 
     def stepping(self, chunks: Iterable[int]) -> Iterator[int]:
         """Each chunk of a step, once, on the device and waited for; those that are there already come first.
@@ -79,13 +84,17 @@ class Pager:
                 if self._step is not step:
                     raise RuntimeError(f"chunk {chunk}: another step began before this one was asked for its next")
                 self._mark(chunk)
-        self.make_room(self.resident_bytes - self._budget)
+                if not self._memory.stays:
+                    self._send(chunk)
 
     @contextmanager
     def all(self) -> Iterator[tuple[Tensor, ...]]:
         """The whole arenas on the device, for one launch on all chunks. ValueError where they do not fit."""
         if not self.fits:
-            raise ValueError(f"found {sum(self._sizes)} bytes of states, wanted at most the budget of {self._budget}")
+            total = sum(self._sizes)
+            raise ValueError(
+                f"found {total} bytes of states, wanted at most the budget of {self._budget}, and room for it"
+            )
         every = range(len(self._sizes))
         with self._under_way(every):
             for chunk in every:
@@ -108,6 +117,8 @@ class Pager:
                 break
             self._send(chunk)
             gone += self._sizes[chunk]
+        if self._step is None:
+            self._memory.trim()
         return gone
 
     @contextmanager
@@ -122,7 +133,7 @@ class Pager:
         finally:
             if self._step is step:
                 self._step = None
-                self._settle()
+                self.make_room(self.resident_bytes - (self._budget if self._memory.stays else 0))
         self._needed.update(wanted)
 
     def _settle(self) -> None:
@@ -148,19 +159,33 @@ class Pager:
             return True
         over = self.resident_bytes + self._sizes[chunk] - self._budget
         going = []
-        for other in sorted((c for c in self._here if c not in self._held), key=self._needed.__contains__):
+        for other in self._leaving():
             if over <= 0 or (other in self._needed and not now):
                 break
             going.append(other)
             over -= self._sizes[other]
-        if over > 0 and not now:
+        if not now and (over > 0 or not self._memory.has_room(chunk)):
             return False
         for other in going:
             self._send(other)
-        self._memory.fetch(chunk)
-        self._here[chunk] = None
-        return True
+        while True:
+            try:
+                self._memory.fetch(chunk)
+            except torch.OutOfMemoryError:
+                if not now:
+                    return False
+                if not (rest := self._leaving()):
+                    raise
+                self._send(rest[0])
+            else:
+                self._here[chunk] = None
+                return True
+
+    def _leaving(self) -> list[int]:
+        """Who may go, in the order to go: what is needed comes last."""
+        return sorted((c for c in self._here if c not in self._held), key=self._needed.__contains__)
 
     def _send(self, chunk: int) -> None:
         self._memory.send(chunk)
         del self._here[chunk]
+        self._announced.discard(chunk)

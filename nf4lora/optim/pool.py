@@ -1,5 +1,6 @@
 """The parameters that are stepped together: one device, one dtype, one width of state, and arenas of their own for it."""
 
+import math
 from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
@@ -35,7 +36,8 @@ class Work(NamedTuple):
 class Pool:
     """States of `params` under a rule ("adamw" or "lion"), all zeros at first.
 
-    make_memory: of a layout, on the device; budget: bytes of it to keep on the device, None for all.
+    make_memory: of a layout, on the device; budget: bytes of it to keep on the device, None for what the memory says: all, as
+    long as there is room.
     """
 
     def __init__(
@@ -53,7 +55,9 @@ class Pool:
         # A 64th of what they scale, and read with it: always on the device.
         blocks = numel // STATE_BLOCKSIZE
         self.absmax = tuple(torch.zeros(blocks, dtype=torch.float32, device=kind.device) for _ in names) if kind.bits == 8 else ()
-        self.pager = Pager(self.memory, budget)
+        self.pager = Pager(self.memory, self.memory.budget if budget is None else budget)
+        self._gradients: dict[Tensor, int] = {}  # how often each was told of since the last step
+        self._backwards = math.inf  # that the last step took; as good as never before that is known
 
     def states(self) -> dict[Tensor, dict[str, Tensor]]:
         """The states of each parameter by bitsandbytes' names: views of the arenas, as fresh as `home` of their memory."""
@@ -70,13 +74,25 @@ class Pool:
         return range(self.offsets[p] // size, -(-(self.offsets[p] + self.shapes[p].numel()) // size))
 
     def prefetch(self, p: Tensor) -> None:
-        """The parameter has its gradient, so its states are going to be wanted."""
-        for chunk in self.chunks_of(p):
-            self.pager.prefetch(chunk)
+        """The parameter has its gradient, so its states are going to be wanted.
+
+        Where they do not stay they come in the last backward of a step, if it has as many as the one before: until then
+        forwards are to come, which need the room.
+        """
+        self._gradients[p] = self._gradients.get(p, 0) + 1
+        if self.memory.stays or self._gradients[p] >= self._backwards:
+            for chunk in self.chunks_of(p):
+                self.pager.prefetch(chunk)
 
     def step(self, params: list[Tensor], grads: list[Tensor], slots: list[int], hyper_of: list[int], work: Work) -> None:
-        """Of `params`, some of the pool's; one of any strides is stepped as a copy, as its states lie in rows."""
+        """Of `params`, some of the pool's; one of any strides is stepped as a copy, as its states lie in rows.
+
+        All copies are made before anything is stepped, so that none fails in the middle.
+        """
+        self._backwards = max(self._gradients.values(), default=math.inf)
+        self._gradients.clear()
         lying = [p if p.is_contiguous() else p.contiguous() for p in params]
+        grads = [g if g.is_contiguous() else g.contiguous() for g in grads]
         offsets = [self.offsets[p] for p in params]
         if self.pager.fits:
             with self.pager.all() as arenas:
@@ -97,7 +113,7 @@ class Pool:
             a, b = max(offset, first), min(offset + p.numel(), end)
             if a < b:
                 part = slice(a - offset, b - offset)
-                pieces.append((p.view(-1)[part], g.reshape(-1)[part], a - first, slot, hyper))
+                pieces.append((p.view(-1)[part], g.view(-1)[part], a - first, slot, hyper))
         self._launch(*map(list, zip(*pieces, strict=True)), self.memory.arenas(chunk), first, work)
 
     def _launch(self, params, grads, offsets, slots, hyper_of, arenas, origin, work: Work) -> None:

@@ -54,6 +54,11 @@ class Clocks:
                     self._compare(stream, accesses, write)
             self._last.setdefault((first, end), {})[stream, write] = known[stream]
 
+    def forget(self, t: Tensor) -> None:
+        """What touched the memory of a tensor, which is another's from now on."""
+        first, end = t.data_ptr(), t.data_ptr() + t.nbytes
+        self._last = {place: accesses for place, accesses in self._last.items() if not first <= place[0] < end}
+
     def _compare(self, stream: str, accesses: dict[tuple[str, bool], int], write: bool) -> None:
         for (other, wrote), time in accesses.items():
             if (write or wrote) and self._known[stream][other] < time:
@@ -65,13 +70,18 @@ class Simulated(Memory):
     """A `Memory` of CPU tensors with room for `capacity` bytes on what plays the device.
 
     Contents are in one of two places, as managed memory has them, and what lies in the other is 255 in every byte.
-    Fetches and sends are on a side stream. fail_at: numbers of calls of fetch, send, wait, used and home, from 1, that
-    raise `Injected`. Raises MemoryError for a fetch without room; RuntimeError for one of what is there, and for the
+    Fetches and sends are on a side stream. fail_at: numbers of calls of fetch, send, wait, used, home and trim, from 1,
+    that raise `Injected`. Raises MemoryError for a fetch without room; RuntimeError for one of what is there, and for the
     touch, send, wait or use of what is not; `Unordered` where hardware might give another result.
+
+    stays: as of every memory. Without it, `others` may take of the capacity, and a fetch without room among them raises
+    torch.OutOfMemoryError, also one that `has_room` allowed, where it is `hopeful`; and all of it is `whole` or not.
     """
 
-    def __init__(self, layout: Layout, capacity: int, fail_at: Collection[int] = ()) -> None:
-        self.layout, self.capacity, self._fail_at = layout, capacity, fail_at
+    hopeful, whole, others = False, True, 0
+
+    def __init__(self, layout: Layout, capacity: int, fail_at: Collection[int] = (), stays: bool = True) -> None:
+        self.layout, self.capacity, self._fail_at, self.stays = layout, capacity, fail_at, stays
         self.calls = self.fetches = self.sends = self.faults = 0
         self.log: list[tuple[str, int]] = []  # of what was done to which chunk
         self._clocks = Clocks("current", "side")
@@ -88,12 +98,16 @@ class Simulated(Memory):
         """Chunks on the device."""
         return set(self._arrived)
 
+    def has_room(self, chunk: int) -> bool:
+        return self.stays or self.hopeful or self._over(chunk) <= 0
+
     def fetch(self, chunk: int) -> None:
         self._call("fetch", chunk)
         if chunk in self._arrived:
             raise RuntimeError(f"fetch: found chunk {chunk} on the device, wanted it at home")
-        if sum(map(self.layout.nbytes, (*self._arrived, chunk))) > self.capacity:
-            raise MemoryError(f"fetch: found no room for chunk {chunk} beside {sorted(self._arrived)}")
+        if self._over(chunk) > 0:
+            error = MemoryError if self.stays else torch.OutOfMemoryError
+            raise error(f"fetch: found no room for chunk {chunk} beside {sorted(self._arrived)}")
         self._move(chunk, self._home, self._device)
         self._arrived[chunk] = self._clocks.record("side")
         self.fetches += 1
@@ -147,8 +161,16 @@ class Simulated(Memory):
         self._stale = set(self._arrived)
         return self._home
 
+    def trim(self) -> None:
+        if not self.stays:
+            self._call("trim", -1)
+
     def close(self) -> None:
         self._home = self._device = ()
+
+    def _over(self, chunk: int) -> int:
+        """Bytes that a chunk would be too many."""
+        return sum(map(self.layout.nbytes, (*self._arrived, chunk))) + self.others - self.capacity
 
     def _call(self, name: str, chunk: int) -> None:
         self.calls += 1

@@ -3,67 +3,16 @@
 from collections import deque
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from .memory import Layout, Memory
+from .streams import CudaStreams, InOrder, Spare, Streams
 
-
-class Streams(Protocol):
-    """What `Staged` needs of streams: "in" and "out", which it alone copies on, and "current", which kernels are on."""
-
-    def copy(self, stream: str, to: Tensor, of: Tensor) -> None:
-        """Starts a copy of one side stream."""
-
-    def record(self, stream: str) -> Any:
-        """An event: all that the stream was given up to now."""
-
-    def wait(self, stream: str, event: Any) -> None:
-        """What the stream is given from now on comes after the event."""
-
-    def synchronize(self) -> None:
-        """The host waits for the side streams."""
-
-    def share(self, t: Tensor) -> None:
-        """Once t is dropped, its memory serves nobody else before the side streams are done with it."""
-
-
-class CudaStreams:
-    """Streams of a CUDA device; "current" is torch's. Copies from and to the host run at once in both directions."""
-
-    def __init__(self, device: torch.device) -> None:
-        self._device = device
-        self._side = {"in": torch.cuda.Stream(device), "out": torch.cuda.Stream(device)}
-
-    def copy(self, stream: str, to: Tensor, of: Tensor) -> None:
-        with torch.cuda.stream(self._side[stream]):
-            to.copy_(of, non_blocking=True)
-
-    def record(self, stream: str) -> torch.cuda.Event:
-        return self._of(stream).record_event()
-
-    def wait(self, stream: str, event: torch.cuda.Event) -> None:
-        self._of(stream).wait_event(event)
-
-    def synchronize(self) -> None:
-        for stream in self._side.values():
-            stream.synchronize()
-
-    def share(self, t: Tensor) -> None:
-        for stream in self._side.values():
-            t.record_stream(stream)
-
-    def _of(self, stream: str) -> torch.cuda.Stream:
-        return self._side.get(stream) or torch.cuda.current_stream(self._device)
-
-
-class InOrder(Streams):
-    """Streams of a device that does everything at once, as the CPU does: events are nothing."""
-
-    def copy(self, stream: str, to: Tensor, of: Tensor) -> None:
-        to.copy_(of)
+WHOLE = 512 << 20  # bytes of states that come as one where there is room, so that their step is one launch
+SLOTS = 3  # that a step in chunks takes: one is stepped, one comes, one leaves
 
 
 @dataclass
@@ -87,9 +36,13 @@ class _Here:
 
 
 class Staged(Memory):
-    """A `Memory` whose slots on `device` take `budget` bytes, None for all chunks, and never less than one chunk does.
+    """A `Memory` of slots on `device`, for as many chunks as `budget` bytes hold, one at least, or for any number of them.
 
-    Where all fits, the slots are one contiguous arena, and `arenas(None)` is it. Everything is allocated here.
+    With a budget all slots are allocated here, and chunks stay; where all fits, the slots are one contiguous arena, and
+    `arenas(None)` is it. Without one nothing stays between steps: slots are allocated as chunks come, one arena for
+    `WHOLE` bytes at most, and `trim` drops them. A step takes over the slots of chunks that left, so that in its middle
+    it allocates only what is to spare: what is left of the device beside `RESERVE` and the most that others were seen to
+    use since the last step. At the first gradient that is all that backward keeps.
     """
 
     def __init__(self, layout: Layout, device: torch.device, budget: int | None = None, streams: Streams | None = None):
@@ -97,24 +50,34 @@ class Staged(Memory):
         pinned = device.type == "cuda"
         self._streams = streams or (CudaStreams(device) if pinned else InOrder())
         self._home = tuple(torch.zeros(layout.numel, dtype=dtype, pin_memory=pinned) for dtype in layout.dtypes)
-        self._whole, ends = _places(layout, budget)
-        numel = max((end for _, end in ends), default=0)
-        self._slots = tuple(torch.empty(numel, dtype=dtype, device=device) for dtype in layout.dtypes)
-        for t in self._slots:
-            self._streams.share(t)
-        free = self._streams.record("current")  # the allocator's blocks are free for what is launched there
-        slots = [_Slot(tuple(t[first:end] for t in self._slots), free) for first, end in ends]
-        # Chunks with a slot of their own: all, or a short last one for which only a short slot is left.
-        self._own = dict(enumerate(slots)) if self._whole else {}
-        if not self._whole and len(slots[-1].tensors[0]) < layout.chunk:
-            self._own = {layout.count - 1: slots.pop()}
-        self._free = deque(() if self._whole else slots)  # the one that was left first is the first to be taken
+        self._total = sum(map(layout.nbytes, range(layout.count)))
+        self.stays = budget is not None or not self._total
+        self._small = self._total <= (WHOLE if budget is None else budget)  # may be one arena
+        self._arenas: tuple[Tensor, ...] = ()  # where it is
+        self._own: dict[int, _Slot] = {}  # slots of one chunk only: of all, or of a short last one
+        self._free: deque[_Slot] = deque()  # the one that was left first is the first to be taken
+        self._spare = Spare(self._streams)  # its own: all slots
+        if self.stays and self._small:
+            self._take_all()
+        elif self.stays:
+            _, slots = self._take(_places(layout, budget))
+            if len(slots[-1].tensors[0]) < layout.chunk:
+                self._own = {layout.count - 1: slots.pop()}
+            self._free.extend(slots)
         self._here: dict[int, _Here] = {}
         self._sent: dict[int, Any] = {}
+
+    @property
+    def whole(self) -> bool:
+        return bool(self._arenas) or (self._small and not self._spare.own and self._spare.holds(self._total))
+
+    def has_room(self, chunk: int) -> bool:
+        return self.stays or chunk in self._own or bool(self._free) or self._spare.holds(self.layout.nbytes(0))
 
     def fetch(self, chunk: int) -> None:
         if chunk in self._here:
             raise RuntimeError(f"fetch: found chunk {chunk} in a slot, wanted it at home")
+        self._grow()
         own = self._own.get(chunk)
         if own is None and not self._free:
             raise RuntimeError(f"fetch: found chunks {sorted(self._here)} in all slots, wanted one for {chunk}")
@@ -158,9 +121,9 @@ class Staged(Memory):
         if chunk is not None:
             first, end = self.layout.span(chunk)
             return tuple(t[: end - first] for t in self._here[chunk].slot.tensors)
-        if len(self._here) < self.layout.count or not self._whole:
-            raise RuntimeError(f"arenas: found {len(self._here)} chunks on the device, wanted all {self.layout.count}")
-        return self._slots
+        if len(self._here) < self.layout.count or not self._arenas:
+            raise RuntimeError(f"arenas: found {len(self._here)} chunks, wanted all {self.layout.count} in one arena")
+        return self._arenas
 
     def home(self) -> Sequence[Tensor]:
         launched = self._streams.record("current")
@@ -172,8 +135,44 @@ class Staged(Memory):
             here.changed, here.stale, here.leaving = False, True, False
         return self._home
 
+    def trim(self) -> None:
+        if self.stays:
+            return
+        self._spare.own -= sum(t.nbytes for slot in self._free for t in slot.tensors)
+        self._free.clear()
+        if not self._here:
+            self._own, self._arenas, self._spare.own = {}, (), 0
+            self._spare.forget()
+
     def close(self) -> None:
-        self._home, self._slots, self._here, self._own, self._free = (), (), {}, {}, deque()
+        self._home, self._arenas, self._here, self._own, self._free = (), (), {}, {}, deque()
+
+    def _grow(self) -> None:
+        """Allocates where there is no slot to take, or where one more is of use and there is room to spare."""
+        if self.stays or self._own:
+            return
+        if self.whole:
+            self._take_all()
+        elif not self._free or (len(self._here) + len(self._free) < SLOTS and self._spare.holds(self.layout.nbytes(0))):
+            try:
+                self._free.extendleft(self._take([self.layout.span(0)])[1])
+            except torch.OutOfMemoryError:
+                if not self._free:
+                    raise
+
+    def _take_all(self) -> None:
+        self._arenas, slots = self._take([self.layout.span(chunk) for chunk in range(self.layout.count)])
+        self._own = dict(enumerate(slots))
+
+    def _take(self, spans: Sequence[tuple[int, int]]) -> tuple[tuple[Tensor, ...], list[_Slot]]:
+        """New memory, and slots in it: the first element of each, and the one after its last."""
+        numel = max((end for _, end in spans), default=0)
+        made = tuple(self._streams.empty(numel, dtype) for dtype in self.layout.dtypes)
+        for t in made:
+            self._streams.share(t)
+        free = self._streams.record("current")  # the allocator's blocks are free for what is launched there
+        self._spare.own += sum(t.nbytes for t in made)
+        return made, [_Slot(tuple(t[first:end] for t in made), free) for first, end in spans]
 
     def _copy_in(self, chunk: int, slot: _Slot) -> None:
         first, end = self.layout.span(chunk)
@@ -188,13 +187,11 @@ class Staged(Memory):
             self._streams.copy("out", to[first:end], of[: end - first])
 
 
-def _places(layout: Layout, budget: int | None) -> tuple[bool, list[tuple[int, int]]]:
-    """Whether slots hold everything at once; the first element of each in the arenas on the device and the one after."""
+def _places(layout: Layout, budget: int) -> list[tuple[int, int]]:
+    """Of slots for what a budget holds of all: the first element of each in the arenas on the device and the one after."""
     spans = [layout.span(chunk) for chunk in range(layout.count)]
-    if budget is None or sum(map(layout.nbytes, range(layout.count))) <= budget:
-        return True, spans
     full = max(1, budget // layout.nbytes(0))
     first, end = spans[-1]
     if layout.nbytes(layout.count - 1) > budget - full * layout.nbytes(0):
-        return False, spans[:full]
-    return False, [*spans[:full], (full * layout.chunk, full * layout.chunk + end - first)]
+        return spans[:full]
+    return [*spans[:full], (full * layout.chunk, full * layout.chunk + end - first)]

@@ -31,6 +31,7 @@ struct Page {
     int place = kNowhere, told = kNowhere, preferred = kNowhere, accessed_by = kNowhere;
     uintptr_t stream = 0;  // of what touched it last, at that stream's time `tick`
     uint64_t tick = 0;
+    bool missed = false;  // the last move of it failed, so that a kernel may find it by a fault
 };
 
 struct Allocation {
@@ -155,11 +156,17 @@ cudaError_t advise(const void *data, size_t n, cudaMemoryAdvise advice, int plac
 
 cudaError_t prefetch(const void *data, size_t n, int place, cudaStream_t stream) {
     const std::lock_guard<std::recursive_mutex> lock(state().one);
-    if (fails(formatted("cudaMemPrefetchAsync %zu place %d stream %zu", n, place, number(stream))))
+    if (fails(formatted("cudaMemPrefetchAsync %zu place %d stream %zu", n, place, number(stream)))) {
+        for (uint64_t p = number(data) / kPage; p <= (number(data) + n - 1) / kPage; ++p)
+            state().pages[p].missed = true;
         return state().last;
+    }
     if (number(stream) == state().capturing)
         return error_of(cudaErrorStreamCaptureUnsupported);
-    return touch("a move", data, n, number(stream), [place](Page &page) { page.place = page.told = place; });
+    return touch("a move", data, n, number(stream), [place](Page &page) {
+        page.place = page.told = place;
+        page.missed = false;
+    });
 }
 
 }  // namespace
@@ -424,10 +431,12 @@ CONTROL const char *stub_lines(int32_t violations) {
     return s.text.c_str();
 }
 
-// A kernel: of `pages` that it uses, all have to be on the device, unless it may read them at home too.
+// A kernel: all pages that it uses have to be on the device, unless a move of them failed or it may read them at home.
 CONTROL void stub_kernel(const void *data, uint64_t n, void *stream, int32_t anywhere) {
     const std::lock_guard<std::recursive_mutex> lock(state().one);
     const cudaError_t error = touch("a kernel", data, n, number(stream), [anywhere](Page &page) {
+        if (page.missed)
+            page.place = state().device;
         if (!anywhere && page.place < 0)
             violation("a kernel uses a page that is not on the device");
     });
