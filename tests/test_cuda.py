@@ -4,6 +4,7 @@ checked where every back end's are, in test_quantize.py, test_dequantize.py, tes
 import gc
 import subprocess
 import sys
+from functools import partial
 
 import pytest
 import torch
@@ -314,7 +315,8 @@ def place(monkeypatch):
 
     def choose(name):
         def chooser(paged, budget, allow_oversubscription):
-            return (lambda layout, device: Staged(layout, device, sys.maxsize if budget is None else budget)) if name == "pinned staging" else PLACES[name]
+            staged = partial(Staged, budget=sys.maxsize if budget is None else budget)  # None gives way, by a test of its own
+            return staged if name == "pinned staging" else PLACES[name]
 
         monkeypatch.setattr(base, "chooser", chooser)
 
@@ -411,6 +413,29 @@ def test_gradients_fetch_the_states_of_an_optimizer(cls):
         send_home(optimizer)
         assert {managed.places(t)[0] for t in pools(optimizer)[0].memory.arenas()} == {managed.HOME}
     assert equal(params, other)
+
+
+@pytest.mark.parametrize("cls", (PagedAdamW, PagedAdamW8bit))
+def test_staged_states_without_a_budget_take_no_room_between_steps(place, monkeypatch, cls):
+    place("resident")
+    plain, params = parameters(LARGE), parameters(LARGE)
+    others, optimizer = cls(plain), cls(params)
+    for seed in range(4):
+        give_gradients(plain, seed)
+        others.step()
+        monkeypatch.setattr(base, "chooser", lambda *options: Staged)
+        optimizer.zero_grad()
+        drawn = [weight(tuple(p.shape), torch.float32, 1000 * seed + i).mul_(1e-3) for i, p in enumerate(params)]
+        torch.stack([(p * g).sum() for p, g in zip(params, drawn, strict=True)]).sum().backward()
+        before = torch.cuda.memory_allocated()
+        found = pools(optimizer)
+        resident = sum(pool.pager.resident_bytes for pool in found)
+        assert (resident > 0) == (seed > 0)  # the hooks are of the first step
+        optimizer.step()
+        torch.cuda.synchronize()
+        taken = sum(t.nbytes for pool in pools(optimizer) for t in pool.absmax) if not found else 0
+        assert abs(torch.cuda.memory_allocated() - before + resident - taken) <= 33 * MIB  # the last chunk is short, its slot is not
+    assert equal(params, plain) and equal(states_of(optimizer), states_of(others))
 
 
 @pytest.mark.parametrize("name", ("managed", "pinned staging"))
