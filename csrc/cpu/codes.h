@@ -18,6 +18,7 @@ constexpr int kGroupVecs = kGroup / kWidth;
 typedef uint8_t Bytes __attribute__((vector_size(kGroup)));
 typedef int8_t Signs __attribute__((vector_size(kGroup)));
 typedef uint16_t Pairs __attribute__((vector_size(kGroup)));
+typedef int16_t SignedPairs __attribute__((vector_size(kGroup)));
 using EveryByte = std::make_integer_sequence<int, kGroup>;
 using EveryPair = std::make_integer_sequence<int, kGroup / 2>;
 
@@ -82,13 +83,13 @@ NF4LORA_INLINE void look_up(const Table &table, Bytes codes, Vec (&out)[kGroupVe
     out[3] = (Vec)in_turn<true>((Pairs)b, (Pairs)d, EveryPair{});
 }
 
-template <bool high, class V>
-NF4LORA_INLINE Pairs halves(V a, V b) {
-    return every_other<high>((Pairs)a, (Pairs)b, EveryPair{});
+template <class V>
+NF4LORA_INLINE SignedPairs high_halves(V a, V b) {
+    return (SignedPairs)every_other<true>((Pairs)a, (Pairs)b, EveryPair{});
 }
 
-template <bool high>
-NF4LORA_INLINE Bytes halves(Pairs a, Pairs b) {
+template <bool high, class V>
+NF4LORA_INLINE Bytes halves(V a, V b) {
     return every_other<high>((Bytes)a, (Bytes)b, EveryByte{});
 }
 
@@ -99,13 +100,13 @@ NF4LORA_INLINE void put_codes(uint8_t *codes, Bytes bytes) {
     memcpy(codes, &bytes, sizeof bytes);
 }
 
-// ---- cells that a register or a few can hold: as many to an octave of |v| as keep the boundaries apart.
+// ---- cells that a register or a few can hold: as many to an octave of |v| as keep the boundaries apart. A word, the upper
+// half of v's bits, tells the octave and the cell in it.
 
-constexpr int kOctaves = 32;  // to the one of 1, by the lowest bits of the exponent
-constexpr float kSmallest = 0x1p-31f;
-constexpr int32_t kSmallestBits = (127 - 31) << 23;
-constexpr int kZeroCode = 127;  // of the signed map
-constexpr int kOctaveBits = 11;  // of the mantissa, which with those of the exponent make a word
+constexpr int kOctaves = 32;     // to the one of 1, by the lowest bits of the exponent
+constexpr int kOctaveBits = 7;   // of the mantissa, in a word
+constexpr int kLeastWord = (127 - 31) << kOctaveBits;
+constexpr int kZeroCode = 127;   // of the signed map
 constexpr int kMostCells = 2 * kDynamicCodes;
 
 struct alignas(kGroup) Cells {
@@ -115,11 +116,12 @@ struct alignas(kGroup) Cells {
 };
 
 static constexpr int word_of(float magnitude) {
-    return __builtin_bit_cast(uint32_t, magnitude < kSmallest ? kSmallest : magnitude) >> (23 - kOctaveBits) & 0xffff;
+    const int word = __builtin_bit_cast(int32_t, magnitude) >> 16;
+    return word < kLeastWord ? kLeastWord : word;
 }
 
 static constexpr int cell_of(const Cells &cells, float magnitude) {
-    const int word = word_of(magnitude), octave = word >> kOctaveBits;
+    const int word = word_of(magnitude), octave = word >> kOctaveBits & (kOctaves - 1);
     return ((word >> cells.shift[octave]) + cells.base[octave]) & 0xffff;
 }
 
@@ -134,14 +136,14 @@ static constexpr Cells cells_of(const float (&boundary)[kDynamicCodes], int firs
             int before = -1;
             for (int i = first; i < kDynamicCodes - 1; ++i) {
                 const int word = word_of(boundary[i]), next = word_of(next_above(boundary[i]));
-                if (word >> kOctaveBits != octave || word >> shift != next >> shift)
+                if ((word >> kOctaveBits & (kOctaves - 1)) != octave || word >> shift != next >> shift)
                     continue;
                 apart = apart && before != word >> shift;
                 before = word >> shift;
             }
         }
         cells.shift[octave] = static_cast<uint16_t>(shift);
-        cells.base[octave] = static_cast<uint16_t>(cells.count - (octave << kOctaveBits >> shift));
+        cells.base[octave] = static_cast<uint16_t>(cells.count - ((kLeastWord + (octave << kOctaveBits)) >> shift));
         cells.count += 1 << (kOctaveBits - shift);
     }
     for (int i = first; i < kDynamicCodes - 2; ++i)  // what lies above all is still compared with the last
@@ -193,18 +195,17 @@ NF4LORA_INLINE Pairs cells_in(const Cells &cells, Pairs words) {
 
 // Boundaries that are known to lie under each of four vectors' elements.
 NF4LORA_INLINE Bytes below(const DynamicMap &map, const Vec (&v)[kGroupVecs]) {
-    UVec word[kGroupVecs];
+    const SignedPairs high[] = {high_halves(v[0], v[1]), high_halves(v[2], v[3])}, least = SignedPairs{} + kLeastWord;
+    Pairs cell[2];
     NF4LORA_UNROLL
-    for (int i = 0; i < kGroupVecs; ++i) {
-        const IVec size = map.is_signed ? (IVec)v[i] & 0x7fffffff : (IVec)v[i], least = IVec{} + kSmallestBits;
-        word[i] = (UVec)(least < size ? size : least) >> (23 - kOctaveBits);  // what is not below 0 has its bits' order
+    for (int i = 0; i < 2; ++i) {
+        const SignedPairs size = map.is_signed ? high[i] & 0x7fff : high[i];
+        cell[i] = cells_in(map.cells, (Pairs)(least < size ? size : least));
     }
-    const Pairs a = cells_in(map.cells, halves<false>(word[0], word[1])), b = cells_in(map.cells, halves<false>(word[2], word[3]));
-    const Bytes cell = halves<false>(a, b), found = look_up(map.cells.below, cell);
+    const Bytes low = halves<false>(cell[0], cell[1]), found = look_up(map.cells.below, low);
     if (!map.is_signed)
-        return halves<true>(a, b) != 0 ? look_up(map.cells.below + kDynamicCodes, cell) : found;
-    const Signs signs = (Signs)halves<true>(halves<true>(v[0], v[1]), halves<true>(v[2], v[3]));
-    return signs < 0 ? kZeroCode - 1 - found : kZeroCode + found;
+        return halves<true>(cell[0], cell[1]) != 0 ? look_up(map.cells.below + kDynamicCodes, low) : found;
+    return (Signs)halves<true>(high[0], high[1]) < 0 ? kZeroCode - 1 - found : kZeroCode + found;
 }
 
 NF4LORA_INLINE void decode_group(const DynamicMap &map, const uint8_t *codes, Vec (&out)[kGroupVecs]) {
@@ -216,8 +217,8 @@ NF4LORA_INLINE void encode_group(const DynamicMap &map, const Vec (&v)[kGroupVec
     Vec boundary[kGroupVecs];
     const Bytes under = below(map, v);
     look_up(map.boundary, under, boundary);
-    const Pairs a = halves<false>(v[0] > boundary[0], v[1] > boundary[1]);
-    const Pairs b = halves<false>(v[2] > boundary[2], v[3] > boundary[3]);
+    const SignedPairs a = high_halves(v[0] > boundary[0], v[1] > boundary[1]);
+    const SignedPairs b = high_halves(v[2] > boundary[2], v[3] > boundary[3]);
     put_codes(codes, under - halves<false>(a, b));
 }
 #else

@@ -49,14 +49,14 @@ struct Coded {
     float &absmax;
     float values[kStateBlock], inv;
 
-    Coded(const DynamicMap &map, void *arena, float *absmax, int64_t first, int64_t count)
-        : map(map), codes(static_cast<uint8_t *>(arena) + first), absmax(absmax[first / kStateBlock]) {
-        decode_block(map, this->absmax, codes, count, values);
-    }
+    Coded(const DynamicMap &map, void *arena, float *absmax, int64_t first)
+        : map(map), codes(static_cast<uint8_t *>(arena) + first), absmax(absmax[first / kStateBlock]) {}
 
-    void scale(int64_t count) {
-        absmax = absmax_of(values, count);
-        inv = reciprocal(absmax);
+    void decode(int64_t count) { decode_block(map, absmax, codes, count, values); }
+
+    void scale(float largest) {
+        absmax = largest;
+        inv = reciprocal(largest);
     }
 
     bool is_whole(int64_t count) const { return count == kStateBlock && absmax <= std::numeric_limits<float>::max(); }
@@ -70,7 +70,8 @@ struct Coded {
     }
 };
 
-NF4LORA_INLINE void adamw_moments(const OptimConstants &c, float g, float &m, float &v) {
+template <class T>  // float, or Vec
+NF4LORA_INLINE void adamw_moments(const OptimConstants &c, T g, T &m, T &v) {
     m = m * c.beta1 + g * c.rest1;
     v = v * c.beta2 + (g * c.rest2) * g;
 }
@@ -87,11 +88,43 @@ void adamw(const OptimConstants &c, int64_t count, float *__restrict p, const fl
     }
 }
 
+// Of a block's elements, all of them: decoded, stepped, and held until their absmax is known.
+NF4LORA_INLINE void adamw_moments(const OptimConstants &c, const float *g, Coded &m, Coded &v) {
+    IVec m_most{}, v_most{};  // of the bits of magnitudes, as in absmax_of
+    for (int first = 0; first < kStateBlock; first += kGroup) {
+        Vec m_of[kGroupVecs], v_of[kGroupVecs];
+        decode_group(m.map, m.codes + first, m_of);
+        decode_group(v.map, v.codes + first, v_of);
+        NF4LORA_UNROLL
+        for (int i = 0; i < kGroupVecs; ++i) {
+            const int at = first + i * kWidth;
+            Vec m_new = m_of[i] * m.absmax, v_new = v_of[i] * v.absmax;
+            adamw_moments(c, load(g + at), m_new, v_new);
+            store(m.values + at, m_new);
+            store(v.values + at, v_new);
+            const IVec m_bits = (IVec)m_new & 0x7fffffff, v_bits = (IVec)v_new & 0x7fffffff;
+            m_most = m_most < m_bits ? m_bits : m_most;
+            v_most = v_most < v_bits ? v_bits : v_most;
+        }
+    }
+    float most[2][kWidth];
+    memcpy(most[0], &m_most, sizeof m_most);
+    memcpy(most[1], &v_most, sizeof v_most);
+    m.scale(absmax_of(most[0], kWidth));
+    v.scale(absmax_of(most[1], kWidth));
+}
+
 void adamw(const OptimConstants &c, int64_t count, float *__restrict p, const float *__restrict g, Coded &m, Coded &v) {
-    for (int64_t i = 0; i < count; ++i)
-        adamw_moments(c, g[i], m.values[i], v.values[i]);
-    m.scale(count);
-    v.scale(count);
+    if (count == kStateBlock) {
+        adamw_moments(c, g, m, v);
+    } else {
+        m.decode(count);
+        v.decode(count);
+        for (int64_t i = 0; i < count; ++i)
+            adamw_moments(c, g[i], m.values[i], v.values[i]);
+        m.scale(absmax_of(m.values, count));
+        v.scale(absmax_of(v.values, count));
+    }
     if (m.is_whole(count) && v.is_whole(count)) {
         for (int first = 0; first < kStateBlock; first += kGroup) {  // divisions take long, lookups run beside them
             for (int i = first; i < first + kGroup; ++i)
@@ -117,8 +150,9 @@ void lion(const OptimConstants &c, int64_t count, float *__restrict p, const flo
 }
 
 void lion(const OptimConstants &c, int64_t count, float *__restrict p, const float *__restrict g, Coded &m) {
+    m.decode(count);
     lion(c, count, p, g, m.values);
-    m.scale(count);
+    m.scale(absmax_of(m.values, count));
     if (!m.is_whole(count))
         return m.encode_each(count);
     for (int first = 0; first < kStateBlock; first += kGroup)
@@ -142,10 +176,10 @@ void round_stochastically(int64_t seed, int64_t first, int64_t count, float *val
 
 void step_states(const OptimParams &p, const OptimConstants &c, int64_t first, int64_t count, float *param, const float *grad) {
     if (p.absmax1) {
-        Coded m{kSignedMap, p.state1, p.absmax1, first, count};
+        Coded m{kSignedMap, p.state1, p.absmax1, first};
         if (p.kind == kLion)
             return lion(c, count, param, grad, m);
-        Coded v{kUnsignedMap, p.state2, p.absmax2, first, count};
+        Coded v{kUnsignedMap, p.state2, p.absmax2, first};
         return adamw(c, count, param, grad, m, v);
     }
     float *m = static_cast<float *>(p.state1) + first;
@@ -154,8 +188,30 @@ void step_states(const OptimParams &p, const OptimConstants &c, int64_t first, i
     adamw(c, count, param, grad, m, static_cast<float *>(p.state2) + first);
 }
 
+// Brings what the block kAhead after this one reads nearer. Work on codes leaves the memory idle, and what the processor
+// fetches by itself ends with each page of 4 KiB.
+NF4LORA_INLINE void fetch_ahead(const OptimParams &p, const OptimTensor &of, int64_t at) {
+    constexpr int64_t kAhead = 8 * kStateBlock, kLine = 64;
+    constexpr int kSecondLevel = 2;  // as the first is small, and full
+    at += kAhead;
+    if (!p.absmax1 || at + kStateBlock > of.numel)
+        return;
+    const auto fetch = [](const void *base, int64_t first, int64_t size) {
+        const char *const begin = static_cast<const char *>(base) + first * size;
+        for (int64_t i = 0; i < kStateBlock * size; i += kLine)
+            __builtin_prefetch(begin + i, 0, kSecondLevel);
+    };
+    const int64_t size = p.dtype == kFloat32 ? 4 : 2;
+    fetch(of.param, at, size);
+    fetch(of.grad, at, size);
+    fetch(p.state1, of.offset + at, 1);
+    if (p.state2)
+        fetch(p.state2, of.offset + at, 1);
+}
+
 void step_block(const OptimParams &p, const OptimTensor &of, const OptimConstants &c, int64_t block) {
     const int64_t at = block * kStateBlock, first = of.offset + at, count = min_of(kStateBlock, of.numel - at);
+    fetch_ahead(p, of, at);
     if (p.dtype == kFloat32)
         return step_states(p, c, first, count, static_cast<float *>(of.param) + at, static_cast<const float *>(of.grad) + at);
     float values[kStateBlock], grads[kStateBlock] = {};
