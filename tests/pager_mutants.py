@@ -180,7 +180,7 @@ STAGED = [
     (" or chunk in self._own or bool(self._free)", " or bool(self._free)"),
     (" or bool(self._free) or", " or"),
     ("bool(self._free) or self._spare.holds(self.layout.nbytes(0))", "True"),
-    ("        self._grow()\n", ""),
+    ("        self._grow()\n        own", "        own"),
     ("        if self.stays or self._own:\n", "        if self._own:\n"),
     ("        if self.stays or self._own:\n", "        if self.stays:\n"),
     ("        if self.whole:\n            self._take_all()\n        elif", "        if"),

@@ -13,7 +13,7 @@ from paging import SCENARIO, UINT8, Case, Play, Recorded, Step, cases, load, sam
 from under_test import GPU
 
 from nf4lora.managed import RESERVE
-from nf4lora.optim import staged
+from nf4lora.optim import PagedAdamW, base, pool, staged
 from nf4lora.optim import streams as streams_of
 from nf4lora.optim.memory import Layout
 from nf4lora.optim.pager import Pager
@@ -327,6 +327,40 @@ def test_what_others_used_at_the_first_gradient_stays_theirs_until_the_step():
         assert streams.taken == taken * 512
         streams.others = 0
         stepped(pager, memory, streams)
+
+
+@pytest.mark.parametrize("skips", (False, True))
+def test_no_parameter_moves_before_there_is_room_for_all(monkeypatch, skips):
+    """Those of two dtypes have their states apart; gradients that come first bring theirs and leave no room to others."""
+    streams = Recorded(room=0)
+    kept = base.chooser
+    monkeypatch.setattr(pool, "CHUNK_BYTES", 4096)
+    monkeypatch.setattr(staged, "WHOLE", 0)
+    drawn = torch.Generator().manual_seed(0)
+    values = [torch.randn(3000, generator=drawn), torch.randn(3000, generator=drawn).bfloat16()]
+    found = []
+    for chooser in (kept, lambda *options: lambda layout, device: staged.Staged(layout, device, None, streams)):
+        monkeypatch.setattr(base, "chooser", chooser)
+        params = [torch.nn.Parameter(t.clone()) for t in values]
+        optimizer = PagedAdamW(params, skip_nonfinite=skips, betas=(0.5, 0.75))
+        for step in range(3):
+            sum((p.float() * (p.float() + step)).sum() for p in params).backward()
+            if chooser is not kept:
+                streams.bytes = 2 * 4096 - 1
+                before = [p.detach().clone() for p in params]
+                with pytest.raises(torch.OutOfMemoryError):
+                    optimizer.step()
+                assert same(before, params) and streams.taken == 0
+                assert [int(optimizer.state[p]["step"]) for p in params] == [step] * 2
+                streams.bytes = 2 * 4096
+                optimizer.zero_grad()
+                sum((p.float() * (p.float() + step)).sum() for p in params).backward()
+                assert streams.taken == (2 * 4096 if step else 0)
+            optimizer.step()
+            optimizer.zero_grad()
+            assert streams.taken == 0
+        found.append(params + [optimizer.state_dict()["state"][i][name] for i in (0, 1) for name in ("state1", "state2")])
+    assert same(*found)
 
 
 def test_room_that_was_given_back_is_there_again():

@@ -15,7 +15,7 @@ from .memory import Resident
 from .options import check_foreign, foreign_options, options_of
 from .placement import chooser
 from .plan import Plan, planned
-from .pool import Kind, Pool, Work
+from .pool import Kind, Pool, Work, reserve
 from .saved import Entry, taken
 from .shown import Shown
 
@@ -108,6 +108,7 @@ class FlatOptimizer(torch.optim.Optimizer):
         steps = [0 if skips else entry["step"] for entry in shown]
         plan = self._plan = planned(self._plan, moved, steps, self._pool_of, self._slots.of)
         hypers = [v for i in plan.one_of_each for v in numbers_of(self.param_groups[moved[i][0]], steps[i] + 1)]
+        reserve(plan.jobs)
         flags = skipping.check(moved, self._slots) if skips else None
         draws = self._options["stochastic_rounding"]
         seed = int(torch.randint(2**63 - 1, (1,), dtype=torch.int64, device="cpu")) if draws else None

@@ -52,6 +52,9 @@ class Memory(Protocol):
         """Whether the device has room to spare for a chunk that no step has asked for yet."""
         return True
 
+    def reserve(self) -> None:
+        """Take what a step of any chunks needs at least. torch.OutOfMemoryError without room."""
+
     def fetch(self, chunk: int) -> None:
         """Start to move a chunk to the device, after the last `send` of it. torch.OutOfMemoryError without room."""
 

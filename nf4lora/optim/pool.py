@@ -1,7 +1,7 @@
 """The parameters that are stepped together: one device, one dtype, one width of state, and arenas of their own for it."""
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import NamedTuple
 
 import torch
@@ -122,3 +122,18 @@ class Pool:
         ops.optim_step(
             params, grads, *state, work.steps, work.flag, offsets, slots, hyper_of, work.hypers, self.rule, work.seed, origin
         )
+
+def reserve(pools: Iterable[Pool]) -> None:
+    """The room that a step of all of them needs: where it is not there, what came for one of them ahead of it goes."""
+    for again in (True, False):
+        try:
+            for pool in pools:
+                pool.memory.reserve()
+        except torch.OutOfMemoryError:
+            for pool in pools:
+                if not pool.memory.stays:
+                    pool.pager.make_room(pool.pager.resident_bytes)
+            if not again:
+                raise
+        else:
+            break

@@ -47,9 +47,8 @@ class Staged(Memory):
 
     def __init__(self, layout: Layout, device: torch.device, budget: int | None = None, streams: Streams | None = None):
         self.layout = layout
-        pinned = device.type == "cuda"
-        self._streams = streams or (CudaStreams(device) if pinned else InOrder())
-        self._home = tuple(torch.zeros(layout.numel, dtype=dtype, pin_memory=pinned) for dtype in layout.dtypes)
+        self._streams = streams or (CudaStreams(device) if device.type == "cuda" else InOrder())
+        self._home = tuple(torch.zeros(layout.numel, dtype=dtype, pin_memory=device.type == "cuda") for dtype in layout.dtypes)
         self._total = sum(map(layout.nbytes, range(layout.count)))
         self.stays = budget is not None or not self._total
         self._small = self._total <= (WHOLE if budget is None else budget)  # may be one arena
@@ -73,6 +72,10 @@ class Staged(Memory):
 
     def has_room(self, chunk: int) -> bool:
         return self.stays or chunk in self._own or bool(self._free) or self._spare.holds(self.layout.nbytes(0))
+
+    def reserve(self) -> None:
+        if not self._here:
+            self._grow()
 
     def fetch(self, chunk: int) -> None:
         if chunk in self._here:
