@@ -9,6 +9,7 @@ import io
 import pickle
 import weakref
 from functools import partial
+from inspect import Parameter, signature
 
 import pytest
 import torch
@@ -847,7 +848,8 @@ OF_THE_CLASS = {
 @pytest.mark.parametrize("which", (0, -1))
 def test_options_of_other_optimizers_that_ask_for_nothing_change_nothing(cls, which):
     foreign = {name: values[which] for name, values in NOTHING_ASKED.items()}
-    foreign |= dict(zip(("optim_bits", "is_paged"), OF_THE_CLASS[cls], strict=True))
+    bits, paged = OF_THE_CLASS[cls]
+    foreign |= {"optim_bits": (bits, 32)[which], "is_paged": paged}
     ps, qs = params(), params()
     run(cls(ps, **hypers(cls)), ps, 2)
     run(other := cls(qs, **hypers(cls), **foreign), qs, 2)
@@ -857,12 +859,21 @@ def test_options_of_other_optimizers_that_ask_for_nothing_change_nothing(cls, wh
     assert equal(ps, group["params"])
 
 
+@pytest.mark.parametrize("cls", ALL)
+def test_whatever_theirs_have_by_default_may_be_said(cls):
+    bitsandbytes = pytest.importorskip("bitsandbytes")
+    for theirs in (getattr(bitsandbytes.optim, cls.__name__), *((torch.optim.AdamW,) if cls is PagedAdamW else ())):
+        said = {p.name: p.default for p in signature(theirs).parameters.values() if p.default is not Parameter.empty}
+        cls(params(), **said)
+        assert said["lr"] and {"args", "foreach"} & said.keys()
+
+
 ASKED = {
     "amsgrad": (True, "wanted False: these optimizers do not do it"), "maximize": (True, "wanted False: these"),
     "capturable": (True, "wanted False: .* CUDA graph"), "differentiable": (True, "wanted False"),
     "decoupled_weight_decay": (False, "wanted True: weight decay is apart"), "foreach": ("yes", "wanted None or False or True"),
     "fused": (torch.ones(2), "wanted None or False or True: one launch"), "args": (object(), "wanted None"),
-    "optim_bits": (16, "wanted (8|32): the name of a class"), "is_paged": (None, "wanted (True|False): the name of a class"),
+    "optim_bits": (16, "wanted (8 or )?32: the name of a class"), "is_paged": (None, "wanted (True|False): the name of a class"),
     "percentile_clipping": (5, "wanted 100: clip gradients"), "block_wise": (False, "wanted True"),
 }  # fmt: skip
 

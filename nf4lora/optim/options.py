@@ -33,13 +33,16 @@ def check_foreign(options: dict[str, Any], foreign: dict[str, tuple[tuple[Any, .
 
 
 def foreign_options(bits: int, paged: bool) -> dict[str, tuple[tuple[Any, ...], str]]:
-    """Options of torch's and bitsandbytes' optimizers: the values that ask for nothing, and why no other is taken."""
+    """Options of torch's and bitsandbytes' optimizers: the values that ask for nothing, and why no other is taken.
+
+    The 8-bit optimizers of bitsandbytes have optim_bits=32 by default, and take nothing else.
+    """
     return GROUP | {
         "capturable": ((False,), "its step cannot be captured in a CUDA graph"),
         "differentiable": ((False,), _NOT_DONE),
         "foreach": ((None, False, True), "one launch steps all parameters anyhow"),
         "fused": ((None, False, True), "one launch steps all parameters anyhow"),
-        "optim_bits": ((bits,), "the name of a class says how wide its states are"),
+        "optim_bits": ((32,) if bits == 32 else (bits, 32), "the name of a class says how wide its states are"),
         "is_paged": ((paged,), "the name of a class says whether its states page"),
         "args": ((None,), "options are keywords"),
         "percentile_clipping": ((100,), "clip gradients with torch.nn.utils.clip_grad_norm_"),
