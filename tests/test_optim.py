@@ -868,6 +868,17 @@ def test_whatever_theirs_have_by_default_may_be_said(cls):
         assert said["lr"] and {"args", "foreach"} & said.keys()
 
 
+@pytest.mark.filterwarnings("ignore:optimizer contains a parameter group with duplicate parameters")
+def test_a_parameter_twice_in_a_group_is_refused():
+    p, q = params()[:2]
+    with pytest.raises(ValueError, match="params: found a parameter twice"):
+        PagedAdamW([p, q, p])
+    optimizer = PagedAdamW([p])
+    with pytest.raises(ValueError, match="params: found a parameter twice"):
+        optimizer.add_param_group({"params": [q, q]})
+    assert [g["params"] for g in optimizer.param_groups] == [[p]]
+
+
 ASKED = {
     "amsgrad": (True, "wanted False: these optimizers do not do it"), "maximize": (True, "wanted False: these"),
     "capturable": (True, "wanted False: .* CUDA graph"), "differentiable": (True, "wanted False"),

@@ -59,6 +59,8 @@ class FlatOptimizer(torch.optim.Optimizer):
         super().add_param_group(param_group)
         o, group = self._options, self.param_groups[-1]
         try:
+            if len(set(map(id, group["params"]))) < len(group["params"]):  # of which torch warns, and which it steps twice
+                raise ValueError("params: found a parameter twice, wanted each of them once")
             if given := o.keys() & group.keys():
                 raise ValueError(f"{min(given)}: found in a group, wanted for the whole optimizer")
             check_foreign(group, foreign_options(o["bits"], o["paged"]))
