@@ -141,7 +141,7 @@ def test_the_reader_is_not_fooled(tmp_path, source, flags, reason):
 def test_the_build_refuses_spills_and_local_arrays_itself(tmp_path, source, flags):
     tree = ast.parse((ROOT / "setup.py").read_text())
     wanted = ("NVCC_FLAGS", "STRICT")
-    values = [n.value for n in tree.body if isinstance(n, ast.Assign) and n.targets[0].id in wanted]
+    values = [n.value for n in tree.body if isinstance(n, ast.Assign) and getattr(n.targets[0], "id", "") in wanted]
     of_build = " ".join(ast.literal_eval(value.func.value) for value in values).split()
     assert {"-warn-spills,-warn-lmem-usage", "-Werror"} <= set(of_build)
     done, _ = compiled(source, tmp_path, *flags, *[f for f in of_build if not f.startswith("-I")])
