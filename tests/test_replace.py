@@ -127,6 +127,28 @@ def test_layer_and_options():
     assert model[0] is first and replaced(model) == {"0", "1"}
 
 
+def test_adapters_on_a_base_in_4_bits():
+    """As after loading with NF4Config: the bytes stay where they are, and the model computes what it did."""
+    model = replace_linears(tiny_llama(), layer=NF4Linear, quant_type="fp4", double_quant=False, blocksize=32)
+    before = {name: (m.weight, m.weight_absmax) for name, m in model.named_modules() if isinstance(m, NF4Linear)}
+    ids = torch.arange(12).view(2, 6)
+    wanted = model(input_ids=ids).logits
+    with pytest.raises(ValueError, match="blocksize=64"):
+        replace_linears(model, "q_proj", blocksize=64)
+    with pytest.raises(ValueError, match="dtype=torch.float16"):
+        replace_linears(model, "q_proj", dtype=torch.float16)
+    replace_linears(model, r=2, lora_alpha=3, compute_dtype=torch.float32)
+    assert torch.equal(model(input_ids=ids).logits, wanted)
+    for name, (weight, absmax) in before.items():
+        layer = model.get_submodule(name)
+        assert type(layer) is NF4LoRALinear and layer.weight is weight and layer.weight_absmax is absmax
+        assert (layer.r, layer.scaling, layer.quant_type, layer.compute_dtype) == (2, 1.5, "fp4", torch.float32)
+    model(input_ids=ids, labels=ids).loss.backward()
+    assert {n for n, p in model.named_parameters() if n.endswith(("lora_A", "lora_B")) and p.grad is not None} == {
+        f"{name}.lora_{x}" for name in before for x in "AB"
+    }
+
+
 @pytest.mark.parametrize("targets", [["q_prj"], ["q_proj", "qproj"], "proj", ["mlp"], ["embed_tokens"], [""], ["lm_head", "norm"]])
 def test_unknown_names(targets):
     model = tiny_llama()
@@ -136,7 +158,7 @@ def test_unknown_names(targets):
 
 
 def test_nothing_to_replace():
-    for model in (nn.Sequential(nn.ReLU()), nn.Sequential(NF4Linear(4, 4)), nn.ModuleDict({"lm_head": nn.Linear(4, 4)})):
+    for model in (nn.Sequential(nn.ReLU()), nn.Sequential(NF4LoRALinear(4, 4, r=2)), nn.ModuleDict({"lm_head": nn.Linear(4, 4)})):
         with refuses(model, ValueError, "found no torch.nn.Linear to replace", "['lm_head']"):
             replace_linears(model)
     with refuses(model := nn.Sequential(nn.Linear(4, 4)), ValueError, "found no torch.nn.Linear to replace"):

@@ -134,6 +134,8 @@ class NF4Linear(nn.Linear):
         """The decoded weight, `dtype` [N, K]; the dtype before quantization by default."""
         return dequantize_4bit(self.weight, self.quant_state, dtype)
 
+    W_q = property(lambda self: self.weight)  # peft calls dequantize() of a layer that has one, for DoRA and others
+
     def _weight_args(self) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
         return held(self, *_WEIGHT)
 
@@ -184,8 +186,7 @@ class NF4Linear(nn.Linear):
                     new.dtype != own.dtype and not (new.is_floating_point() and own.is_floating_point())
                 ):
                     wrong.append(f"{prefix}{n} is {new.dtype} {list(new.shape)}, wanted {own.dtype} {list(own.shape)}")
-        saved = local_metadata.get("nf4lora", self._format())
-        if prefix + "weight" in state_dict and saved != self._format():
+        if prefix + "weight" in state_dict and (saved := local_metadata.get("nf4lora", self._format())) != self._format():
             wrong.append(f"{prefix}weight was saved from {saved}, wanted {self._format()}")
         if wrong:
             error_msgs.append(f"{self} (prefix {prefix!r}) was left as it is: {'; '.join(sorted(wrong))}")

@@ -3,7 +3,7 @@
 import math
 import warnings
 from numbers import Real
-from typing import Any
+from typing import Any, Self
 
 import torch
 from torch import Tensor, nn
@@ -63,6 +63,27 @@ class NF4LoRALinear(NF4Linear):
         super().reset_parameters()
         if "lora_A" in self._parameters:
             self._reset_lora(self.weight.device)
+
+    @classmethod
+    def from_linear(cls, linear: nn.Linear, *, device: Any = None, dtype: torch.dtype | None = None, **kwargs: Any) -> Self:
+        """As `NF4Linear`'s; a plain `NF4Linear` gets an adapter too, and shares its bytes.
+
+        Raises: also ValueError for a format, device or dtype that the `NF4Linear` does not have.
+        """
+        if type(linear) is not NF4Linear:
+            return super().from_linear(linear, device=device, dtype=dtype, **kwargs)
+        own = {name: getattr(linear, name) for name in ("blocksize", "quant_type", "double_quant")}
+        wanted = {"dtype": dtype or linear.weight_dtype, "device": torch.device(device or linear.weight.device), **kwargs}
+        there = {"dtype": linear.weight_dtype, "device": linear.weight.device, **own}
+        if wrong := [f"{name}={wanted[name]}" for name in there if wanted.get(name, there[name]) != there[name]]:
+            raise ValueError(f"linear: found {linear}, wanted {', '.join(wrong)}: its bytes are taken as they are")
+        options = {"compute_dtype": linear.compute_dtype, **kwargs, **own}
+        has_bias = linear.bias is not None
+        layer = cls(linear.in_features, linear.out_features, has_bias, device="meta", dtype=linear.weight_dtype, **options)
+        for name, parameter in linear.named_parameters(recurse=False):
+            layer.register_parameter(name, parameter)
+        layer._reset_lora(linear.weight.device)
+        return layer.train(linear.training)
 
     def quantize_(self, weight: Tensor, check_finite: bool = True, device: Any = None) -> "NF4LoRALinear":
         super().quantize_(weight, check_finite, device)

@@ -23,6 +23,8 @@ def replace_linears(
 ) -> nn.Module:
     """Replace `torch.nn.Linear`s of `model` in place by `layer.from_linear(linear, **kwargs)`; other parameters stay.
 
+    With adapters asked for, an `NF4Linear` that is there already is taken too, its bytes as they are.
+
     Args:
         target_modules: "all-linear", or names: a module's own ("q_proj") or the end of its path ("self_attn.q_proj")
         exclude:        names that stay dense, written likewise
@@ -33,7 +35,8 @@ def replace_linears(
     Raises:  ValueError, before anything is changed, for names that match no linear (listing those there are), weights
              shared with another module, and NaN or Inf in a weight; TypeError likewise for other dtypes.
     """
-    linears = {name: m for name, m in model.named_modules(remove_duplicate=False) if _is_dense(m)}
+    adapts = issubclass(layer, NF4LoRALinear)
+    linears = {n: m for n, m in model.named_modules(remove_duplicate=False) if _is_dense(m) or (adapts and type(m) is NF4Linear)}
     if "" in linears:
         raise ValueError(f"model: found a bare {type(model).__name__}; use {layer.__name__}.from_linear(linear)")
     exclude = [exclude] if isinstance(exclude, str) else list(exclude)
@@ -48,7 +51,7 @@ def replace_linears(
     chosen = [name for name in chosen if not any(_ends_with(name, e) for e in exclude)]
     if not chosen:
         raise ValueError(f"model: found no torch.nn.Linear to replace outside {exclude}")
-    _check_weights(model, {name: linears[name] for name in chosen}, kwargs.get("dtype"))
+    check_weights(model, {name: linears[name] for name in chosen}, kwargs.get("dtype"))
     for name in chosen:
         model.set_submodule(name, layer.from_linear(linears.pop(name), **kwargs))
     if group:
@@ -65,9 +68,11 @@ def _is_dense(m: nn.Module) -> bool:
     return isinstance(m, nn.Linear) and not isinstance(m, (NF4Linear, nn.modules.linear.NonDynamicallyQuantizableLinear))
 
 
-def _check_weights(model: nn.Module, linears: dict[str, nn.Linear], dtype: torch.dtype | None) -> None:
+def check_weights(model: nn.Module, linears: dict[str, nn.Linear], dtype: torch.dtype | None) -> None:
     holders = Counter(id(p) for _, m in model.named_modules(remove_duplicate=False) for p in m.parameters(recurse=False))
     for name, linear in linears.items():
+        if isinstance(linear, NF4Linear):
+            continue
         if linear.weight.is_meta:
             raise ValueError(f"{name}: found its weight on the meta device; load the model before quantizing it")
         if holders[id(linear.weight)] > 1:
