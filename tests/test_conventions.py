@@ -31,7 +31,7 @@ FLOORS = (
     {"autograd", "staging", "managed"},
     {"functional"},
     {"nn", "cases", "optim", "quant_error"},
-    {"testing"},
+    {"testing", "starts"},
     {"selftest", "hf"},
     {"cli"},
 )

@@ -7,13 +7,14 @@ import typer
 from .doctor import doctor
 from .errors import errors
 from .finetune import finetune
+from .plan import plan
 from .settings import RunFailed, Stopped, UserError
 
 app = typer.Typer(
     name="nf4lora", help="QLoRA fine-tuning on NF4 kernels.", no_args_is_help=True, add_completion=False,
     pretty_exceptions_enable=False, rich_markup_mode=None,
 )  # fmt: skip
-for command in (finetune, errors, doctor):
+for command in (finetune, plan, errors, doctor):
     app.command()(command)
 
 

@@ -8,6 +8,7 @@ import torch
 from safetensors import SafetensorError
 from torch import nn
 
+from ..hf.experts import quantize_experts_
 from ..nn import NF4Linear, replace_linears
 from .settings import Settings, UserError
 
@@ -61,11 +62,13 @@ def quiet_transformers() -> None:
 
 
 def prepare(model: nn.Module, settings: Settings, device: torch.device, compute: torch.dtype) -> nn.Module:
-    """Put NF4LoRALinears in, freeze all but the adapters, cast what stays dense to `compute`. Raises: UserError."""
+    """Put linears in 4 bits, adapters on the targets; freeze the rest, cast what stays dense to `compute`. Raises: UserError."""
     torch.manual_seed(settings.seed)
     model.requires_grad_(False)
     model.to(device)
     try:
+        replace_linears(model, layer=NF4Linear)
+        quantize_experts_(model)
         replace_linears(
             model, list(settings.target_modules), r=settings.r, lora_alpha=settings.alpha, lora_dropout=settings.dropout
         )

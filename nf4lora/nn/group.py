@@ -52,6 +52,11 @@ def compute_together(members: Sequence[NF4Linear], x: Tensor, swiglu: bool = Fal
     return out if out[0].dtype == dtype else tuple(y.to(dtype) for y in out)
 
 
+def _all_ours(members: Sequence[nn.Module]) -> bool:
+    """False once peft has put layers of its own in their place; those compute themselves."""
+    return all(isinstance(m, NF4Linear) for m in members)
+
+
 class NF4LoRALinearGroup(nn.Module):
     """Linears that read one x, as one operation: one pass over x for the adapters, one product, one gradient of x.
 
@@ -71,7 +76,8 @@ class NF4LoRALinearGroup(nn.Module):
             self.add_module(name, member)
 
     def forward(self, x: Tensor) -> tuple[Tensor, ...]:
-        return compute_together(list(self.children()), x)
+        members = list(self.children())
+        return compute_together(members, x) if _all_ours(members) else tuple([m(x) for m in members])
 
 
 class NF4LoRAGatedMLP(nn.Module):
@@ -89,7 +95,10 @@ class NF4LoRAGatedMLP(nn.Module):
         self.gate_proj, self.up_proj, self.down_proj = gate_proj, up_proj, down_proj
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.down_proj(compute_together([self.gate_proj, self.up_proj], x, swiglu=True))
+        members = [self.gate_proj, self.up_proj]
+        if not _all_ours(members):
+            return self.down_proj(nn.functional.silu(self.gate_proj(x)) * self.up_proj(x))
+        return self.down_proj(compute_together(members, x, swiglu=True))
 
 
 class ComputeTogether:

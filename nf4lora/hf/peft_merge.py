@@ -1,0 +1,192 @@
+"""Merging peft's adapters of any kind on a 4-bit base: the tuners' own code, on the decoded weight.
+
+For the time that adapters are merged a dense layer stands in the base's place. It is merged into in float32 and rounded once.
+Unmerging puts the packed base back, which nothing has touched.
+"""
+
+from collections import Counter
+from collections.abc import Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer
+from torch import nn
+
+from ..nn import NF4Linear
+from . import experts
+from .decoded import DecodedLinear
+from .hooks import Hooks
+from .quantizer import NF4Quantizer
+
+
+@dataclass
+class Merging:
+    """How bases are merged here: the dtype they end in (None for the one they were quantized from), or back in 4 bits."""
+
+    dtype: torch.dtype | None = None
+    in_4bit: bool = False
+    requantized: dict[NF4Linear, "Requantized"] = field(default_factory=dict)
+
+
+@dataclass
+class Requantized:
+    """What requantizing made of a merged change: inner products, in float64, of what was wanted and what there is."""
+
+    dot: float
+    wanted: float
+    found: float
+
+
+merging: ContextVar[Merging] = ContextVar("nf4lora_merging", default=Merging())  # noqa: B039 (this one is never changed)
+_for_good: ContextVar[bool] = ContextVar("nf4lora_for_good", default=False)
+
+
+def install(hooks: Hooks) -> None:
+    """Hook merge and unmerge of every tuner's layers, and what takes the layers out of a model."""
+    for cls in _subclasses(BaseTunerLayer):
+        for name, ours in (("merge", _merge), ("unmerge", _unmerge)):
+            if name in vars(cls):
+                hooks.around(cls, name, ours)
+    for cls in (BaseTuner, *_subclasses(BaseTuner)):
+        if "_unload_and_optionally_merge" in vars(cls):
+            hooks.around(cls, "_unload_and_optionally_merge", _unload)
+
+
+def _subclasses(cls: type) -> list[type]:
+    found = {sub: None for direct in cls.__subclasses__() for sub in (direct, *_subclasses(direct))}
+    return list(found)
+
+
+def _holder(layer: BaseTunerLayer) -> BaseTunerLayer | None:
+    """The tuner layer, this one or one that it wraps, right on a base of ours."""
+    while isinstance(base := getattr(layer, "base_layer", None), BaseTunerLayer):
+        layer = base
+    return layer if isinstance(base, (NF4Linear, DecodedLinear)) else None
+
+
+def on_packed(layer: BaseTunerLayer) -> bool:
+    return isinstance(layer.get_base_layer(), NF4Linear)
+
+
+def _merge(original: Any, layer: BaseTunerLayer, *args: Any, **kwargs: Any) -> Any:
+    holder = _holder(layer)
+    if holder is None or isinstance(holder.base_layer, DecodedLinear) and holder.base_layer.busy:
+        return original(layer, *args, **kwargs)
+    if not isinstance(holder.base_layer, DecodedLinear):
+        if hasattr(holder.base_layer, "_hf_hook") and getattr(holder.base_layer._hf_hook, "offload", True):
+            raise ValueError(
+                f"found {holder.base_layer} offloaded; merge a model that is loaded without offload in its device_map"
+            )
+        holder.base_layer = DecodedLinear(holder.base_layer)
+    dense, how = holder.base_layer, merging.get()
+    dense.to_dtype(torch.float32)
+    try:
+        with _working(dense), _float32(layer):
+            return original(layer, *args, **kwargs)
+    finally:
+        if layer.merged_adapters and layer not in dense.merged_by:
+            dense.merged_by.append(layer)
+        if not dense.merged_by:
+            holder.base_layer = dense.kept[0]
+        elif how.in_4bit:
+            how.requantized[dense.kept[0]] = requantize_(dense.kept[0], dense)
+            holder.base_layer = dense.kept[0]
+        else:
+            dense.to_dtype(how.dtype or dense.given_dtype)
+            if _for_good.get():
+                dense.kept = ()  # nobody unmerges: free the packed base now, not after the last layer
+
+
+def _unmerge(original: Any, layer: BaseTunerLayer, *args: Any, **kwargs: Any) -> Any:
+    holder = _holder(layer)
+    if holder is None or not isinstance(holder.base_layer, DecodedLinear) or holder.base_layer.busy:
+        return original(layer, *args, **kwargs)
+    dense = holder.base_layer
+    try:
+        with _working(dense):
+            return original(layer, *args, **kwargs)  # for its books: the weight that it computes is let go
+    finally:
+        dense.merged_by = [other for other in dense.merged_by if other.merged_adapters]
+        if not dense.merged_by:
+            holder.base_layer = dense.kept[0].to(dense.weight.device)
+
+
+@contextmanager
+def _working(dense: DecodedLinear) -> Iterator[None]:
+    """Merging may unmerge and merge again inside: all of that is on the dense weight."""
+    dense.busy = True
+    try:
+        with torch.no_grad(), torch.autocast(dense.weight.device.type, enabled=False):
+            yield
+    finally:
+        dense.busy = False
+
+
+@contextmanager
+def _float32(layer: nn.Module) -> Iterator[None]:
+    """The layer's adapters in float32: tuners compute a change in its dtype, and round it before it is added."""
+    floats = (p for name, p in layer.named_parameters() if "base_layer." not in name)
+    given = [(p, p.data) for p in floats if p.dtype in (torch.bfloat16, torch.float16)]
+    for p, data in given:
+        p.data = data.float()
+    try:
+        yield
+    finally:
+        for p, data in given:
+            p.data = data
+
+
+def requantize_(packed: NF4Linear, merged: nn.Linear) -> Requantized:
+    """Put the merged weight into `packed`, in 4 bits; where nothing was changed no byte is."""
+    before, dtype = packed.dequantize(torch.float32), packed.weight_dtype
+    if merged.bias is not None:
+        packed._freeze("bias", merged.bias.to(packed.bias.dtype))
+    if not (wanted := merged.weight.double() - before).any():
+        return Requantized(0.0, 0.0, 0.0)
+    packed.quantize_(merged.weight)
+    packed.weight_dtype = dtype
+    found = packed.dequantize(torch.float32).double() - before
+    return Requantized(*((a * b).sum().item() for a, b in ((wanted, found), (wanted, wanted), (found, found))))
+
+
+def _unload(original: Any, tuner: BaseTuner, merge: bool = True, *args: Any, **kwargs: Any) -> Any:
+    dtypes = Counter(dtype for m in tuner.model.modules() if (dtype := _given_dtype(m)) is not None)
+    how, token = merging.get(), _for_good.set(merge)
+    try:
+        model = original(tuner, merge, *args, **kwargs)
+    finally:
+        _for_good.reset(token)
+    if dtypes and not how.in_4bit:
+        for name, layer in [(name, m) for name, m in model.named_modules() if isinstance(m, DecodedLinear)]:
+            model.set_submodule(name, layer.plain())
+        if merge:
+            _decode_rest(model, how.dtype or dtypes.most_common(1)[0][0])
+    return model
+
+
+def _given_dtype(module: nn.Module) -> torch.dtype | None:
+    """Of the weight before it was quantized."""
+    if isinstance(module, DecodedLinear):
+        return module.given_dtype
+    return module.weight_dtype if isinstance(module, NF4Linear) else None
+
+
+@torch.no_grad()
+def _decode_rest(model: nn.Module, dtype: torch.dtype) -> None:
+    """Nothing in 4 bits any more, parameters of one dtype, and no word of quantization in the configuration."""
+    for name, layer in [(name, m) for name, m in model.named_modules() if isinstance(m, NF4Linear)]:
+        dense = DecodedLinear(layer)
+        dense.to_dtype(dtype)  # one layer at a time in float32
+        model.set_submodule(name, dense.plain())
+    experts.dequantize_experts(model, dtype)
+    kept = model._get_dtype_plan(dtype) if hasattr(model, "_get_dtype_plan") else {}
+    for name, p in model.named_parameters():
+        if p.is_floating_point() and not any(f".{key}." in f".{name}." for key in kept):
+            p.data = p.data.to(dtype)  # buffers stay: rotary frequencies are float32 in models of any dtype
+    if isinstance(quantizer := getattr(model, "hf_quantizer", None), NF4Quantizer):
+        quantizer.remove_quantization_config(model)
+    if hasattr(getattr(model, "config", None), "dtype"):
+        model.config.dtype = dtype

@@ -1,0 +1,466 @@
+"""Merging adapters of every kind into the decoded weights, taking them out again to the bit, and merging back into 4 bits."""
+
+import copy
+import gc
+import json
+import subprocess
+import sys
+import weakref
+
+import peft
+import pytest
+import safetensors.torch
+import tiny
+import torch
+from peft import IA3Config, LoraConfig, OFTConfig, PromptTuningConfig, get_peft_model, prepare_model_for_kbit_training
+from peft.tuners.tuners_utils import BaseTunerLayer
+from torch import nn
+from transformers import AutoModelForCausalLM, GPT2Config, GPT2LMHeadModel
+from transformers.pytorch_utils import Conv1D
+
+from nf4lora import NF4Linear, NF4LoRALinear, replace_linears
+from nf4lora.hf import NF4Config, peft_dispatch
+from nf4lora.hf.decoded import DecodedLinear
+from nf4lora.hf.merging import merge_and_unload, merge_in_4bit_
+
+peft_dispatch.install()
+pytestmark = pytest.mark.filterwarnings("ignore:.*")  # peft's, of many kinds
+TOKENS = tiny.tokens()
+TARGETS = ["q_proj", "v_proj", "down_proj"]
+LORA = {"target_modules": TARGETS, "r": 4}
+
+TUNERS = {
+    "LoRA": LoraConfig(target_modules="all-linear", r=4),
+    "rsLoRA": LoraConfig(use_rslora=True, **LORA),
+    "DoRA": LoraConfig(use_dora=True, **LORA),
+    "AdaLoRA": peft.AdaLoraConfig(target_modules=TARGETS, init_r=4, target_r=2, total_step=100, tinit=1, tfinal=10),
+    "IA3": IA3Config(target_modules=TARGETS, feedforward_modules=["down_proj"]),
+    "OFT": OFTConfig(target_modules=TARGETS, r=0, oft_block_size=16),
+    "BOFT": peft.BOFTConfig(target_modules=TARGETS, boft_block_size=8),
+    "VeRA": peft.VeraConfig(target_modules=["q_proj", "o_proj"], r=8),
+    "MiSS": peft.MissConfig(target_modules=TARGETS, r=4),
+    "RandLora": peft.RandLoraConfig(target_modules=TARGETS, r=4),
+    "FourierFT": peft.FourierFTConfig(target_modules=TARGETS, n_frequency=50),
+    "VB-LoRA": peft.VBLoRAConfig(target_modules=TARGETS, r=4, num_vectors=16, vector_length=16),
+    "C3A": peft.C3AConfig(target_modules=TARGETS, block_size=16),
+    "LN tuning": peft.LNTuningConfig(target_modules=["input_layernorm"]),
+}
+
+
+def base(dtype=torch.float32, model=None, **kwargs):
+    model = tiny.llama(dtype=dtype, **kwargs) if model is None else model
+    return replace_linears(model, layer=NF4Linear).requires_grad_(False)
+
+
+def learned(config, model=None, seed: int = 0, scale: float = 0.03, **kwargs):
+    """A peft model, as if trained."""
+    torch.manual_seed(seed)
+    model = get_peft_model(base() if model is None else model, copy.deepcopy(config), **kwargs)
+    for p in [p for p in model.parameters() if p.requires_grad]:
+        p.data.add_(torch.randn_like(p) * scale)
+    return model.eval()
+
+
+def logits(model):
+    with torch.no_grad():
+        return model(input_ids=TOKENS).logits
+
+
+def error(found, wanted) -> float:
+    return ((found.double() - wanted.double()).norm() / wanted.double().norm()).item()
+
+
+def integers(model) -> dict:
+    return {n: p.clone() for n, p in model.named_parameters() if not p.is_floating_point()}
+
+
+@pytest.mark.parametrize("name", TUNERS)
+def test_merging_is_right_and_unmerging_exact(name, figures):
+    plain, model = logits(base()), learned(TUNERS[name])
+    wanted, packed = logits(model), integers(model)
+    assert error(wanted, plain) > 1e-3
+    model.merge_adapter()
+    assert name == "LN tuning" or any(isinstance(m, DecodedLinear) for m in model.modules())
+    beside = error(logits(model), wanted)
+    model.unmerge_adapter()
+    assert logits(model).equal(wanted)
+    after = integers(model)
+    assert after.keys() == packed.keys() and all(p.equal(packed[n]) for n, p in after.items())
+    model.merge_adapter()
+    with model.disable_adapter():  # peft unmerges here
+        assert logits(model).equal(plain)
+    assert logits(model).equal(wanted)
+    merged = merge_and_unload(model, torch.float32)
+    alone = error(logits(merged), wanted)
+    figures[f"merged against unmerged, parts in 1e9: {name}"] = round(1e9 * max(beside, alone))
+    assert beside <= 1e-6 and alone <= 1e-6
+    assert {type(m) for m in merged.modules() if isinstance(m, nn.Linear)} == {nn.Linear}
+    assert not integers(merged)
+
+
+@pytest.mark.parametrize("name", [name for name in TUNERS if name != "LN tuning"])
+def test_a_layer_merges_by_itself(name):
+    model = learned(TUNERS[name])
+    layer = next(m for m in model.modules() if isinstance(m, BaseTunerLayer))
+    x, packed = torch.randn(3, layer.get_base_layer().in_features), layer.get_base_layer()
+    with torch.no_grad():
+        wanted, before = layer(x), integers(packed)
+        layer.merge(safe_merge=True)
+        torch.testing.assert_close(layer(x), wanted, rtol=1e-4, atol=1e-5)
+        layer.unmerge()
+        assert layer.get_base_layer() is packed and layer(x).equal(wanted)
+    assert all(p.equal(before[n]) for n, p in integers(packed).items())
+
+
+def test_merged_weights_are_rounded_once():
+    """In the base's 16 bits what one rounding of the decoded weight and the change, both float32, gives."""
+    for dtype, ask in ((torch.bfloat16, None), (torch.bfloat16, torch.float16), (torch.float32, torch.bfloat16)):
+        model = learned(TUNERS["rsLoRA"], base(dtype))
+        expected, frequencies = {}, model.base_model.model.model.rotary_emb.inv_freq
+        for name, m in model.base_model.model.named_modules():
+            if isinstance(m, BaseTunerLayer):
+                A, B = m.lora_A["default"].weight, m.lora_B["default"].weight
+                expected[name] = m.base_layer.dequantize(torch.float32) + (B @ A) * m.scaling["default"]
+            elif isinstance(m, NF4Linear):
+                expected.setdefault(name.removesuffix(".base_layer"), m.dequantize(torch.float32))
+        merged = model.merge_and_unload() if ask is None else merge_and_unload(model, ask)
+        assert len(expected) == 14
+        for name, weight in expected.items():
+            assert merged.get_submodule(name).weight.equal(weight.to(ask or dtype)), name
+        assert {p.dtype for p in merged.parameters()} == {ask or dtype} and merged.config.dtype == (ask or dtype)
+        assert merged.model.rotary_emb.inv_freq is frequencies  # of float32 in models of any dtype
+        assert logits(merged).isfinite().all()
+
+
+def test_what_is_merged_like_our_own_layer_merges():
+    model = learned(TUNERS["LoRA"], base(torch.bfloat16))
+    layer = model.base_model.model.model.layers[0].mlp.up_proj
+    ours = NF4LoRALinear.from_linear(layer.base_layer, r=4, lora_alpha=8)
+    ours.lora_A.data, ours.lora_B.data = layer.lora_A["default"].weight.data, layer.lora_B["default"].weight.data
+    assert model.merge_and_unload().model.layers[0].mlp.up_proj.weight.equal(ours.merge().weight)
+
+
+@pytest.mark.parametrize(
+    "config",
+    [LoraConfig(**LORA), LoraConfig(use_dora=True, **LORA), OFTConfig(target_modules=TARGETS, r=0, oft_block_size=16)],
+)
+def test_several_adapters(config):
+    model = learned(config)
+    model.add_adapter("b", copy.deepcopy(config))
+    for p in [p for name, p in model.named_parameters() if ".b." in name or name.endswith(".b")]:
+        p.data.add_(torch.randn_like(p) * 0.03)
+    first, packed = logits(model), integers(model)
+    model.base_model.set_adapter(["default", "b"])
+    both = logits(model)
+    dense = learned(config, decoded())
+    dense.add_adapter("b", copy.deepcopy(config))
+    dense.load_state_dict(
+        {n: p for n, p in model.state_dict().items() if n in dense.state_dict() and p.is_floating_point()}, strict=False
+    )
+    for m in (model, dense):
+        m.base_model.set_adapter(["default", "b"])
+        m.merge_adapter()
+    assert error(logits(model), logits(dense)) <= 1e-6  # for DoRA and OFT peft's merge of two is not its sum of two
+    assert type(config) is not LoraConfig or config.use_dora or error(logits(model), both) <= 1e-6
+    model.unmerge_adapter()
+    assert logits(model).equal(both)
+    model.merge_adapter(adapter_names=["default"])
+    assert error(logits(model), first) <= 1e-6
+    model.merge_adapter(adapter_names=["b"])
+    model.unmerge_adapter()
+    assert logits(model).equal(both) and all(p.equal(packed[n]) for n, p in integers(model).items())
+    assert error(logits(merge_and_unload(model, torch.float32, adapter_names=["default"])), first) <= 1e-6
+
+
+@pytest.mark.parametrize("config", [TUNERS["IA3"], LoraConfig(lora_bias=True, target_modules=["q_proj", "v_proj"])])
+def test_biases_are_merged_and_come_back(config):
+    model = tiny.llama(dtype=torch.float32, attention_bias=True)
+    for name, p in model.named_parameters():
+        if name.endswith("bias"):
+            nn.init.normal_(p, std=0.1)
+    model = learned(config, base(model=model))
+    wanted, before = logits(model), {n: p.clone() for n, p in model.named_parameters()}
+    model.merge_adapter()
+    assert error(logits(model), wanted) <= 1e-6
+    model.unmerge_adapter()
+    assert logits(model).equal(wanted) and all(p.equal(before[n]) for n, p in model.named_parameters())
+    assert error(logits(merge_and_unload(model, torch.float32)), wanted) <= 1e-6
+
+
+def test_adapters_in_16_bits_are_merged_in_float32():
+    model = learned(LoraConfig(**LORA), base(torch.bfloat16), autocast_adapter_dtype=False)
+    model.base_model.to(torch.bfloat16)
+    layer = model.base_model.model.model.layers[0].self_attn.q_proj
+    A, B = layer.lora_A["default"].weight, layer.lora_B["default"].weight
+    assert A.dtype == torch.bfloat16
+    wanted = (layer.base_layer.dequantize(torch.float32) + (B.float() @ A.float()) * layer.scaling["default"]).to(
+        torch.bfloat16
+    )
+    with torch.autocast("cpu", torch.bfloat16):
+        model.merge_adapter()
+    assert layer.base_layer.weight.equal(wanted) and layer.lora_A["default"].weight is A and A.dtype == torch.bfloat16
+
+
+def test_a_model_whose_norms_were_made_float32_ends_in_one_dtype():
+    model = learned(LoraConfig(**LORA), prepare_model_for_kbit_training(base(torch.bfloat16)))
+    wanted = logits(model)
+    assert wanted.dtype == torch.float32 and {p.dtype for p in model.parameters() if p.is_floating_point()} == {
+        torch.float32
+    }
+    model.merge_adapter()
+    assert error(logits(model), wanted) < 2e-2  # x is float32 here and the merged weight bfloat16
+    merged = model.merge_and_unload()
+    assert {p.dtype for p in merged.parameters()} == {torch.bfloat16}
+    assert error(logits(merged), wanted) < 3e-2
+
+
+ALONE = """
+import sys, torch
+from transformers import AutoModelForCausalLM
+folder, out = sys.argv[1:]
+model = AutoModelForCausalLM.from_pretrained(folder)
+assert not any(name.startswith("nf4lora") for name in sys.modules) and model.dtype == torch.bfloat16
+with torch.no_grad():
+    torch.save(model(input_ids=torch.load(out, weights_only=True)).logits, out)
+"""
+
+
+def test_what_is_saved_is_a_plain_checkpoint(tmp_path):
+    tiny.llama().save_pretrained(tmp_path / "base")
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "base", quantization_config=NF4Config())
+    merged = learned(LoraConfig(target_modules=["q_proj"]), model).merge_and_unload()
+    merged.save_pretrained(tmp_path / "merged")
+    config = json.loads((tmp_path / "merged" / "config.json").read_text())
+    assert "quantization_config" not in config and config["dtype"] == "bfloat16"
+    saved = safetensors.torch.load_file(tmp_path / "merged" / "model.safetensors")
+    assert saved.keys() == safetensors.torch.load_file(tmp_path / "base" / "model.safetensors").keys()
+    assert {t.dtype for t in saved.values()} == {torch.bfloat16}
+    torch.save(TOKENS, tmp_path / "out.pt")
+    subprocess.run([sys.executable, "-P", "-c", ALONE, str(tmp_path / "merged"), str(tmp_path / "out.pt")], check=True)
+    assert torch.load(tmp_path / "out.pt", weights_only=True).equal(logits(merged))
+
+
+def test_experts_are_decoded_too(tmp_path):
+    tiny.qwen3_moe().save_pretrained(tmp_path / "base")
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "base", quantization_config=NF4Config())
+    assert sum("experts" in name for name in integers(model))
+    model = learned(LoraConfig(target_modules=["q_proj"]), model)
+    wanted = logits(model)
+    merged = merge_and_unload(model, torch.float32)
+    assert not integers(merged) and error(logits(merged), wanted) < 5e-2  # the model computes in bfloat16
+    merged.save_pretrained(tmp_path / "merged")
+    again = AutoModelForCausalLM.from_pretrained(tmp_path / "merged")
+    assert logits(again).equal(logits(merged))
+
+
+def test_conv1d_layers_are_what_they_were_again(tmp_path):
+    torch.manual_seed(0)
+    GPT2LMHeadModel(GPT2Config(vocab_size=128, n_embd=32, n_layer=2, n_head=2, n_positions=64)).save_pretrained(
+        tmp_path / "base"
+    )
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "base", quantization_config=NF4Config())
+    model = learned(LoraConfig(target_modules=["c_attn", "c_fc"], fan_in_fan_out=True), model)
+    wanted = logits(model)
+    merged = merge_and_unload(model, torch.float32)
+    assert sum(isinstance(m, Conv1D) for m in merged.modules()) == 8 and error(logits(merged), wanted) <= 1e-6
+    merged.save_pretrained(tmp_path / "merged")
+    assert logits(AutoModelForCausalLM.from_pretrained(tmp_path / "merged")).equal(logits(merged))
+
+
+@pytest.mark.parametrize("name", ["LoRA", "IA3"])
+def test_grouped_blocks(name, tmp_path):
+    model = learned(TUNERS[name], replace_linears(tiny.llama(dtype=torch.float32), layer=NF4Linear, group=True))
+    wanted = logits(model)
+    model.merge_adapter()
+    assert error(logits(model), wanted) <= 1e-6
+    model.unmerge_adapter()
+    assert logits(model).equal(wanted)
+    merged = merge_and_unload(model, torch.float32)
+    assert error(logits(merged), wanted) <= 1e-6
+    merged.save_pretrained(tmp_path / "merged")
+    assert error(logits(AutoModelForCausalLM.from_pretrained(tmp_path / "merged")), wanted) <= 1e-6
+
+
+def test_unloading_frees_each_packed_base_as_it_goes():
+    model = learned(TUNERS["LoRA"])
+    bases = [weakref.ref(m) for m in model.modules() if isinstance(m, NF4Linear)]
+    alive, last = [], [m for m in model.modules() if isinstance(m, BaseTunerLayer)][-1]
+
+    class Counted(type(last)):
+        def get_delta_weight(self, adapter):
+            gc.collect()
+            alive.append(sum(ref() is not None for ref in bases))
+            return super().get_delta_weight(adapter)
+
+    last.__class__ = Counted
+    model.merge_and_unload()
+    assert alive == [1]
+
+
+def test_other_tuners_on_our_own_layer_merge_its_adapter_too():
+    model = replace_linears(tiny.llama(dtype=torch.float32), r=2)
+    for m in model.modules():
+        if isinstance(m, NF4LoRALinear):
+            nn.init.normal_(m.lora_B, std=0.05)
+    model = learned(TUNERS["IA3"], model)
+    wanted = logits(model)
+    model.merge_adapter()
+    assert error(logits(model), wanted) <= 1e-6
+    model.unmerge_adapter()
+    assert logits(model).equal(wanted)
+    assert error(logits(merge_and_unload(model, torch.float32)), wanted) <= 1e-6
+
+
+def test_adapters_of_two_kinds_on_one_base():
+    def mixed():
+        torch.manual_seed(0)
+        model = get_peft_model(base(), LoraConfig(**LORA), mixed=True)
+        model.add_adapter("turned", OFTConfig(target_modules=["q_proj"], r=0, oft_block_size=16))
+        for name, p in model.named_parameters():
+            if "lora_" in name or "oft_" in name:
+                p.data.add_(torch.randn_like(p) * 0.03)
+        model.set_adapter(["default", "turned"])
+        return model.eval()
+
+    model = mixed()
+    wanted, packed = logits(model), integers(model)
+    model.base_model.merge_adapter()
+    model.base_model.unmerge_adapter()
+    assert logits(model).equal(wanted) and all(p.equal(packed[n]) for n, p in integers(model).items())
+    dense = get_peft_model(decoded(), LoraConfig(**LORA), mixed=True)
+    dense.add_adapter("turned", OFTConfig(target_modules=["q_proj"], r=0, oft_block_size=16))
+    dense.load_state_dict(
+        {n: p for n, p in model.state_dict().items() if n in dense.state_dict() and p.is_floating_point()}, strict=False
+    )
+    dense.set_adapter(["default", "turned"])
+    assert error(logits(merge_and_unload(model, torch.float32)), logits(dense.eval().merge_and_unload())) <= 1e-6
+
+
+def decoded():
+    model = tiny.llama(dtype=torch.float32)
+    for name, layer in base().named_modules():
+        if isinstance(layer, NF4Linear):
+            model.get_submodule(name).weight.data = layer.dequantize(torch.float32)
+    return model
+
+
+def test_unloading_without_merging_keeps_the_base_packed():
+    plain = base()
+    model = learned(TUNERS["LoRA"]).unload()
+    assert logits(model).equal(logits(plain)) and integers(model).keys() == integers(plain).keys()
+    model = learned(TUNERS["LoRA"])
+    wanted = logits(model)
+    model.merge_adapter()
+    unloaded = model.unload()  # peft leaves merged what is merged
+    assert error(logits(unloaded), wanted) <= 1e-6 and {
+        type(m) for m in unloaded.modules() if isinstance(m, nn.Linear)
+    } == {nn.Linear}
+
+
+def test_a_merged_model_copies_saves_and_moves_without_the_packed_base(tmp_path):
+    model = learned(TUNERS["LoRA"])
+    wanted = logits(model)
+    model.merge_adapter()
+    assert not integers(model) and not [name for name in model.state_dict() if "absmax" in name]
+    twin = copy.deepcopy(model)
+    twin.unmerge_adapter()
+    assert logits(twin).equal(wanted) and not integers(model)
+    torch.save(model, tmp_path / "whole.pt")
+    again = torch.load(tmp_path / "whole.pt", weights_only=False)
+    again.unmerge_adapter()
+    assert logits(again).equal(wanted)
+
+
+@pytest.mark.parametrize("name", ["LoRA", "IA3", "OFT", "DoRA"])
+def test_nan_is_found_and_leaves_the_base_alone(name):
+    ways = [
+        lambda m: m.merge_adapter(safe_merge=True),
+        lambda m: merge_and_unload(m, safe_merge=True),
+        lambda m: merge_in_4bit_(m, safe_merge=True),
+    ]
+    for i, way in enumerate(ways):
+        model = learned(TUNERS[name])
+        first = next(p for n, p in model.named_parameters() if "layers.1" in n and p.requires_grad)
+        first.data.fill_(float("nan"))
+        packed = integers(model)
+        with pytest.raises(ValueError, match="NaNs detected"):
+            way(model)
+        if i == 0:  # peft's own stops where it was; the layers before are merged
+            model.unmerge_adapter()
+        after = integers(model)
+        assert after.keys() == packed.keys() and all(p.equal(packed[n]) for n, p in after.items())
+
+
+# -- back into 4 bits
+
+
+@pytest.mark.parametrize("name", ["LoRA", "IA3", "DoRA"])
+def test_merging_in_4_bits_says_what_is_left(name):
+    survived = []
+    for scale in (0.001, 0.03, 0.3):
+        model = learned(TUNERS[name], base(torch.bfloat16), scale=scale)
+        before = {
+            n: m.dequantize(torch.float32).double()
+            for n, m in base(torch.bfloat16).named_modules()
+            if isinstance(m, NF4Linear)
+        }
+        target = merge_and_unload(copy.deepcopy(model), torch.float32)
+        merged, cosine, overall = merge_in_4bit_(model)
+        adapted = {n for n, m in model.base_model.model.named_modules() if isinstance(m, NF4Linear)} & cosine.keys()
+        assert adapted == cosine.keys() and len(cosine) == (14 if name == "LoRA" else 6)
+        dot = wanted = found = 0.0
+        for n, value in cosine.items():
+            layer = merged.get_submodule(n)
+            assert type(layer) is NF4Linear and layer.weight_dtype == torch.bfloat16
+            delta, there = (
+                target.get_submodule(n).weight.double() - before[n],
+                layer.dequantize(torch.float32).double() - before[n],
+            )
+            assert value == pytest.approx(
+                ((delta * there).sum() / (delta.norm() * there.norm())).item() if there.any() else 0.0, abs=1e-9
+            )
+            dot, wanted, found = (
+                dot + (delta * there).sum(),
+                wanted + delta.square().sum(),
+                found + there.square().sum(),
+            )
+        assert overall == pytest.approx((dot / (wanted * found).sqrt()).item(), abs=1e-9)
+        assert not any(isinstance(m, BaseTunerLayer) for m in merged.modules())
+        assert logits(merged).isfinite().all()
+        survived.append(overall)
+    assert survived == sorted(survived) and survived[0] < 0.5 and survived[-1] > 0.9
+
+
+def test_an_adapter_that_changes_nothing_loses_nothing():
+    config = LoraConfig(**LORA)
+    merged, cosine, overall = merge_in_4bit_(get_peft_model(base(), config))
+    assert overall == 1.0 and set(cosine.values()) == {1.0}
+    assert logits(merged).equal(logits(base()))
+
+
+def test_what_cannot_be_merged_is_refused():
+    with pytest.raises(TypeError, match="found LlamaForCausalLM, wanted a peft model"):
+        merge_and_unload(base())
+    prompt = get_peft_model(base(), PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=2))
+    for merge in (merge_and_unload, merge_in_4bit_):
+        with pytest.raises(
+            TypeError,
+            match="found PeftModelForCausalLM on a LlamaForCausalLM, wanted a peft model whose adapters change weights",
+        ):
+            merge(prompt)
+    model = learned(LoraConfig(**LORA))
+    with pytest.raises(TypeError, match="dtype: found torch.int8, wanted one of"):
+        merge_and_unload(model, torch.int8)
+    with pytest.raises(ValueError, match="without 4-bit layers"):
+        merge_in_4bit_(get_peft_model(tiny.llama(), LoraConfig(**LORA)))
+    assert logits(model).isfinite().all()
+
+
+def test_dense_models_merge_as_peft_does():
+    ours, theirs = (learned(LoraConfig(**LORA), tiny.llama()) for _ in range(2))
+    wanted = merge_and_unload(ours)
+    peft_dispatch.uninstall()
+    try:
+        assert logits(theirs.merge_and_unload()).equal(logits(wanted))
+    finally:
+        peft_dispatch.install()
