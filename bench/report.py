@@ -48,6 +48,8 @@ def markdown(document: dict[str, Any] | None, tables: int | None = None) -> str 
     rows = document.get("rows")
     if isinstance(rows, list) and rows and isinstance(rows[0], dict) and "instructions_per_weight" in rows[0]:
         return _machine_code(rows)
+    if isinstance(rows, list) and rows and isinstance(rows[0], dict) and "tuner" in rows[0]:
+        return _tuners(document)
     if not isinstance(document.get("environment"), dict) or not _of_harness(rows):
         return None
     parts = []
@@ -213,6 +215,22 @@ def _launches(group: str, rows: list[dict[str, Any]]) -> str:
     contenders = list(dict.fromkeys(row["contender"] for row in rows))
     lines = [[case, *(of.get(name, "–") for name in contenders)] for case, of in counts.items()]
     return table([f"launches, {group}", *contenders], lines)
+
+
+def _tuners(document: dict[str, Any]) -> str:
+    """A line for all tuners of one outcome."""
+    outcomes: dict[tuple[str, str, str], list[dict[str, Any]]] = {}
+    for row in document["rows"]:
+        merges = "merge_error" in row
+        key = ("fails", "–", "–") if "fails" in row else ("falls", "equal bits" if row["reloads"] else "differs", "yes" if merges else "–")
+        outcomes.setdefault(key, []).append(row)
+    cells = []
+    for (loss, reload, merge), rows in outcomes.items():
+        if merge == "yes":
+            merge = f"≤ {max(row['merge_error'] for row in rows):.0e} of the logits"
+        cells.append([", ".join(row["tuner"] for row in rows), loss, reload, merge])
+    versions = ", ".join(f"{name} {number}" for name, number in document["versions"].items())
+    return table([f"tuners ({versions})", "loss", "save, reload", "merged in float32, differs by"], cells)
 
 
 def _machine_code(rows: list[dict[str, Any]]) -> str:

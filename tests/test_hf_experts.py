@@ -437,6 +437,7 @@ def test_what_stays_in_16_bits_is_reported_to_the_byte(tmp_path):
     skipped = AutoModelForCausalLM.from_pretrained(tmp_path, quantization_config=NF4Config(modules_to_not_convert=["mlp.experts"]))
     assert not experts_of(skipped)
     assert sum(b for n, b in hf_experts.left_in_16_bits(skipped).items() if "experts" in n) == 2 * 4 * (64 * 64 + 64 * 32) * 2
+    assert list(hf_experts.left_in_16_bits(skipped).values()) == sorted(hf_experts.left_in_16_bits(skipped).values(), reverse=True)
     tied = hf_experts.left_in_16_bits(tiny.llama(tie_word_embeddings=True))
     assert tied["model.embed_tokens.weight"] == 128 * 64 * 2 and "lm_head.weight" not in tied
     conv = nn.ModuleDict({"conv": nn.Conv1d(4, 4, 3), "oss": as_experts(module(GptOssExperts)).quantize_()})

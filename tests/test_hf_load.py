@@ -14,12 +14,14 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 from torch.profiler import ProfilerActivity, profile
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig, LlamaForCausalLM
+from transformers.quantizers.quantizers_utils import should_convert_module
 
 import nf4lora.hf  # noqa: F401 (registers NF4Config)
 from nf4lora import NF4Linear, NF4LoRALinear, quantize_4bit, replace_linears
 from nf4lora.hf.bnb_format import save_bitsandbytes
 from nf4lora.hf.config import NF4Config
 from nf4lora.hf.conversion import Quantize
+from nf4lora.hf.loaded import not_converted
 from nf4lora.hf.loading import from_pretrained
 from nf4lora.hf.quantizer import SENTENCE
 
@@ -269,6 +271,19 @@ def test_a_new_head_stays_dense_and_can_be_trained(tmp_path):
     assert same_tensors(model, other) and other.config.id2label[2] == "c"
 
 
+def test_a_bias_that_the_checkpoint_lacks_is_zero(dense, tmp_path):
+    for file in dense.iterdir():
+        text = file.read_bytes()
+        (tmp_path / file.name).write_bytes(text.replace(b'"attention_bias": false', b'"attention_bias": true'))
+    torch.use_deterministic_algorithms(True)  # memory that nobody fills is NaN
+    try:
+        model = from_pretrained(tmp_path)
+    finally:
+        torch.use_deterministic_algorithms(False)
+    assert sum(m.bias is not None and not m.bias.any() for m in layers(model).values()) == 8
+    assert torch.equal(logits(model), logits(from_pretrained(dense)))
+
+
 def test_our_adapters_on_a_loaded_model(dense):
     """Without peft: `replace_linears` puts them in, and Trainer may train the model then, not before."""
     model = from_pretrained(dense)
@@ -451,6 +466,20 @@ def test_an_adapter_folder(dense, tmp_path):
         assert len(layers(loaded)) == 14
         torch.testing.assert_close(logits(loaded), wanted, rtol=0.02, atol=0.02)
         assert not torch.allclose(wanted, logits(from_pretrained(base, dtype=torch.float32)), rtol=0.02, atol=0.02)
+
+
+def test_names_of_what_stays_dense_mean_no_other_layer():
+    """transformers takes a name for the beginning of a path, for its end, and for a pattern."""
+    make = lambda quantized: (NF4Linear if quantized else nn.Linear)(4, 4)  # noqa: E731
+    packed = {"proj": False, "q_proj": True, "a.proj_0": True, "a.b": False, "axb": True, "a.c": False, "last": True}
+    model = nn.Module()
+    for name, quantized in packed.items():
+        parent, _, own = name.rpartition(".")
+        if parent and not hasattr(model, parent):
+            model.add_module(parent, nn.Module())
+        model.get_submodule(parent).add_module(own, make(quantized))
+    skip = not_converted(model)
+    assert {name: should_convert_module(name, skip) for name in packed} == packed and "a.c" in skip
 
 
 def test_sentence_is_in_every_checkpoint(dense, tmp_path):

@@ -6,13 +6,13 @@ import json
 import subprocess
 import sys
 import weakref
+from pathlib import Path
 
-import peft
 import pytest
 import safetensors.torch
 import tiny
 import torch
-from peft import IA3Config, LoraConfig, OFTConfig, PromptTuningConfig, get_peft_model, prepare_model_for_kbit_training
+from peft import LoraConfig, OFTConfig, PromptTuningConfig, get_peft_model, prepare_model_for_kbit_training
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
 from transformers import AutoModelForCausalLM, GPT2Config, GPT2LMHeadModel
@@ -23,28 +23,16 @@ from nf4lora.hf import NF4Config, peft_dispatch
 from nf4lora.hf.decoded import DecodedLinear
 from nf4lora.hf.merging import merge_and_unload, merge_in_4bit_
 
+sys.path.append(str(Path(__file__).parents[1]))
+from bench import tuners  # noqa: E402
+
 peft_dispatch.install()
 pytestmark = pytest.mark.filterwarnings("ignore:.*")  # peft's, of many kinds
 TOKENS = tiny.tokens()
 TARGETS = ["q_proj", "v_proj", "down_proj"]
 LORA = {"target_modules": TARGETS, "r": 4}
 
-TUNERS = {
-    "LoRA": LoraConfig(target_modules="all-linear", r=4),
-    "rsLoRA": LoraConfig(use_rslora=True, **LORA),
-    "DoRA": LoraConfig(use_dora=True, **LORA),
-    "AdaLoRA": peft.AdaLoraConfig(target_modules=TARGETS, init_r=4, target_r=2, total_step=100, tinit=1, tfinal=10),
-    "IA3": IA3Config(target_modules=TARGETS, feedforward_modules=["down_proj"]),
-    "OFT": OFTConfig(target_modules=TARGETS, r=0, oft_block_size=16),
-    "BOFT": peft.BOFTConfig(target_modules=TARGETS, boft_block_size=8),
-    "VeRA": peft.VeraConfig(target_modules=["q_proj", "o_proj"], r=8),
-    "MiSS": peft.MissConfig(target_modules=TARGETS, r=4),
-    "RandLora": peft.RandLoraConfig(target_modules=TARGETS, r=4),
-    "FourierFT": peft.FourierFTConfig(target_modules=TARGETS, n_frequency=50),
-    "VB-LoRA": peft.VBLoRAConfig(target_modules=TARGETS, r=4, num_vectors=16, vector_length=16),
-    "C3A": peft.C3AConfig(target_modules=TARGETS, block_size=16),
-    "LN tuning": peft.LNTuningConfig(target_modules=["input_layernorm"]),
-}
+TUNERS = {name: config for name, config in tuners.TUNERS.items() if name not in tuners.PROMPTS + tuners.FAIL}
 
 
 def base(dtype=torch.float32, model=None, **kwargs):

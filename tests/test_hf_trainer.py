@@ -16,7 +16,7 @@ from nf4lora.hf.config import NF4Config
 from nf4lora.hf.loading import from_pretrained
 
 pytestmark = pytest.mark.usefixtures("one_thread")
-ROWS = [{"input_ids": row, "labels": row} for row in tiny.tokens(16, 12, seed=3)]
+ROWS = [{"input_ids": row, "labels": row} for row in tiny.tokens(2, 12, seed=3).repeat(8, 1)]  # two, to be learnt
 COMMON = dict(
     max_steps=6, save_steps=3, logging_steps=1, per_device_train_batch_size=2, learning_rate=1e-2, report_to=[], use_cpu=True,
     disable_tqdm=True, seed=5, gradient_checkpointing=False, bf16=False,

@@ -30,9 +30,10 @@ from .loading import from_pretrained
 from .merging import MergedIn4Bit, merge_and_unload, merge_in_4bit_
 from .patch_bnb import patch_bitsandbytes, unpatch_bitsandbytes
 from .starts import quantize_with_start, save_base
-from .trainer import patch_trainer_optimizers, unpatch_trainer_optimizers
+from .trainer import keep_one_gpu_per_process, patch_trainer_optimizers, unpatch_trainer_optimizers
 
 peft_dispatch.install()
+keep_one_gpu_per_process()
 
 __all__ = [
     "AdaLoraCallback", "CheckpointError", "MergedIn4Bit", "NF4Config", "continue_as_adalora",

@@ -73,7 +73,9 @@ class FromBitsAndBytes(_Step):
             if len(found) == 1:
                 return self._plain(model, module, path, found, missing)
             taken = parameters(self._packed(model, module, path, found))
-            missing -= {m for m in missing if m.startswith(f"{path}.weight_") and m.removeprefix(f"{path}.") not in taken}
+            missing -= {
+                m for m in missing if m.startswith(f"{path}.weight_") and m.removeprefix(f"{path}.") not in taken
+            }
             return dict(taken)
         except (ValueError, TypeError) as error:
             return self.failed(full_layer_name, "weight", error)

@@ -56,16 +56,6 @@ def count_parameters(model: nn.Module) -> Parameters:
     )
 
 
-def what_stays_in_16_bits(model: nn.Module) -> dict[str, int]:
-    """Bytes of each parameter that is frozen and not in 4 bits, by name, the largest first; in 32 bits or whatever it has.
-
-    A tied parameter has the first of its names.
-    """
-    packed = _packed(model)
-    found = {name: _bytes(p) for name, p in model.named_parameters() if id(p) not in packed and not p.requires_grad}
-    return dict(sorted(found.items(), key=lambda item: -item[1]))
-
-
 def _elements(module: nn.Module) -> dict[int, int]:
     """Counts of those that this module itself holds in 4 bits, by the id of the parameter that has their codes.
 

@@ -103,7 +103,7 @@ def _makes(conversion: Any, stacks: list[str]) -> bool:
 
 
 def left_in_16_bits(model: nn.Module) -> dict[str, int]:
-    """Bytes of every float parameter of two or more dimensions, by name: what 4 bits do not hold.
+    """Bytes of every float parameter of two or more dimensions, by name, the largest first: what 4 bits do not hold.
 
     Embeddings, head, routers, stacks that were skipped and biases of experts; not the adapters of `NF4LoRALinear`.
     """
@@ -113,4 +113,4 @@ def left_in_16_bits(model: nn.Module) -> dict[str, int]:
         if p.is_floating_point() and p.ndim > 1 and not isinstance(module, NF4Linear) and id(p) not in seen:
             seen.add(id(p))
             left[f"{module_name}.{name}".lstrip(".")] = p.numel() * p.element_size()
-    return left
+    return dict(sorted(left.items(), key=lambda item: -item[1]))
