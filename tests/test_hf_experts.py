@@ -419,7 +419,7 @@ def test_through_from_pretrained_and_back(name, tmp_path):
         assert torch.equal(plain(tokens).logits, dense(tokens).logits)
 
 
-def test_what_stays_in_16_bits_is_reported_to_the_byte(tmp_path):
+def test_what_stays_in_16_bits_is_reported_to_the_byte(tmp_path, monkeypatch):
     source = tiny.qwen3_moe()
     left = hf_experts.left_in_16_bits(source)
     assert sum(left.values()) == sum(p.numel() * 2 for p in source.parameters() if p.ndim > 1)
@@ -434,7 +434,13 @@ def test_what_stays_in_16_bits_is_reported_to_the_byte(tmp_path):
         "model.embed_tokens.weight": 128 * 64 * 2, "lm_head.weight": 128 * 64 * 2,
         "model.layers.0.mlp.gate.weight": 4 * 64 * 2, "model.layers.1.mlp.gate.weight": 4 * 64 * 2,
     }  # fmt: skip
+    log = []
+    monkeypatch.setattr(hf_experts.logger, "warning", log.append)
+    AutoModelForCausalLM.from_pretrained(tmp_path, quantization_config=NF4Config())
+    assert not log
     skipped = AutoModelForCausalLM.from_pretrained(tmp_path, quantization_config=NF4Config(modules_to_not_convert=["mlp.experts"]))
+    stacks = 2 * 4 * (64 * 64 + 64 * 32) * 2
+    assert len(log) == 1 and log[0].startswith(f"{stacks:,} bytes in 4 stacks of weights stay in torch.bfloat16, model.layers.")
     assert not experts_of(skipped)
     assert sum(b for n, b in hf_experts.left_in_16_bits(skipped).items() if "experts" in n) == 2 * 4 * (64 * 64 + 64 * 32) * 2
     assert list(hf_experts.left_in_16_bits(skipped).values()) == sorted(hf_experts.left_in_16_bits(skipped).values(), reverse=True)
@@ -468,10 +474,19 @@ def test_lora_on_the_attention_learns_and_on_a_stack_of_experts_is_refused(tmp_p
         optimizer.step()
         optimizer.zero_grad()
     assert losses[-1] < losses[0] - 0.2
-    # peft takes the v4 names of experts, "all-linear" among them, for the stacks they are in now
-    for asked in ({"target_parameters": ["mlp.experts.gate_up_proj"]}, {"target_modules": "all-linear"}):
+    # peft takes the v4 names of experts for the stacks they are in now, and "all-linear" for those too
+    for asked in ({"target_parameters": ["mlp.experts.gate_up_proj"]}, {"target_modules": ["gate_proj", "up_proj"]}):
         with pytest.raises(ValueError, match=r"experts\..*_proj: found a stack of experts in 4 bits.*target_modules="):
             adapted(**asked)
+    with pytest.warns(UserWarning, match="8 linears get an adapter; .*experts.gate_up_proj and 3 more stacks"):
+        everywhere = adapted(target_modules="all-linear")
+    assert {name.split(".")[-4] for name, p in everywhere.named_parameters() if p.requires_grad} == {
+        "q_proj", "k_proj", "v_proj", "o_proj"
+    }  # fmt: skip
+    everywhere.save_pretrained(tmp_path / "adapter")
+    base = AutoModelForCausalLM.from_pretrained(tmp_path, quantization_config=NF4Config())
+    again = peft.PeftModel.from_pretrained(base, tmp_path / "adapter")
+    assert torch.equal(again(tokens).logits, everywhere.eval()(tokens).logits)
     with pytest.raises(ValueError, match="modules_to_save: found model.layers.0.mlp.experts in 4 bits"):
         adapted(target_modules=["q_proj"], modules_to_save=["experts"])
 

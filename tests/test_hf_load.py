@@ -200,6 +200,12 @@ def test_generate_and_dequantize(dense):
     assert tokens.shape == (2, 16) and torch.equal(decoded.generate(**prompt), tokens)
 
 
+def test_dequantize_takes_the_dtype_as_saving_leaves_it(dense, tmp_path):
+    model = from_pretrained(dense, dtype=torch.bfloat16)
+    model.save_pretrained(tmp_path)
+    assert {p.dtype for p in model.dequantize().parameters()} == {torch.bfloat16}
+
+
 def test_dequantize_would_lose_an_adapter(dense):
     model = replace_linears(from_pretrained(dense), r=2)
     with pytest.raises(ValueError, match="q_proj and 13 more hold an adapter"):

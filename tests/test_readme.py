@@ -3,8 +3,13 @@
 import re
 from pathlib import Path
 
-import torch
-from transformers import LlamaConfig, LlamaForCausalLM
+import pytest
+import tiny
+
+import nf4lora
+import nf4lora.hf
+from nf4lora.hf.peft_lora import NF4LoraLinear
+from nf4lora.optim import PagedAdamW8bit
 
 ROOT = Path(__file__).parents[1]
 TEXT = (ROOT / "README.md").read_text()
@@ -14,18 +19,27 @@ def blocks(language):
     return re.findall(rf"^```{language}\n(.*?)^```", TEXT, re.M | re.S)
 
 
+@pytest.mark.filterwarnings("ignore:paged optimizer")
 def test_the_example_runs(tmp_path, monkeypatch):
     (code,) = blocks("python")
     monkeypatch.chdir(tmp_path)
-    tiny = LlamaConfig(
-        vocab_size=64, hidden_size=32, intermediate_size=48, num_hidden_layers=1, num_attention_heads=2, num_key_value_heads=1
-    )
-    LlamaForCausalLM(tiny).save_pretrained("path/to/model")
-    names = {"batch": torch.arange(24).view(2, 12)}
-    exec(code, names)
+    tiny.llama().save_pretrained("path/to/model")
+    names = {"data": [{"input_ids": row, "labels": row} for row in tiny.tokens(8)]}
+    exec(code.replace("max_steps=100", "max_steps=2, report_to=[], disable_tqdm=True"), names)
+    assert names["trainer"].state.global_step == 2 and type(names["trainer"].optimizer.optimizer) is PagedAdamW8bit
     trained = [p for p in names["model"].parameters() if p.requires_grad]
-    assert len(trained) == 14 and any(p.grad.abs().max() > 0 for p in trained)
+    assert len(trained) == 2 * 14 and sum(isinstance(m, NF4LoraLinear) for m in names["model"].modules()) == 14
     assert (tmp_path / "adapter" / "adapter_model.safetensors").is_file()
+
+
+def test_what_the_text_names_is_there():
+    for name in re.findall(r"`nf4lora\.hf\.(\w+)", TEXT):
+        assert hasattr(nf4lora.hf, name), name
+    listed = TEXT[TEXT.index("Of `nf4lora.hf`:") : TEXT.index("Without peft:")]
+    assert len(names := re.findall(r"`(\w+)", listed)[1:]) > 5
+    for name in names:
+        assert name in nf4lora.hf.__all__, name
+    assert "max_steps=100" in TEXT and callable(nf4lora.patch_bitsandbytes)
 
 
 def test_the_commands_are_two_lines_and_the_readme_is_short():

@@ -7,11 +7,14 @@ import torch
 from torch import Tensor, nn
 from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.quantizers.quantizers_utils import should_convert_module
+from transformers.utils import logging
 
 from ..checks import raise_not_finite
 from ..nn.expert_layers import as_experts, expert_stacks
 from ..nn.experts import NF4Experts
 from ..nn.linear import NF4Linear
+
+logger = logging.get_logger("transformers.nf4lora")  # with the level that transformers' verbosity sets
 
 
 def _found(model: nn.Module, skip: Iterable[str] | None) -> dict[str, nn.Module]:
@@ -114,3 +117,17 @@ def left_in_16_bits(model: nn.Module) -> dict[str, int]:
             seen.add(id(p))
             left[f"{module_name}.{name}".lstrip(".")] = p.numel() * p.element_size()
     return dict(sorted(left.items(), key=lambda item: -item[1]))
+
+
+def tell_what_stays(model: nn.Module) -> None:
+    """Log the bytes that 4 bits do not hold; a warning names stacks of weights, 3-D, that stay as they are."""
+    left = left_in_16_bits(model)
+    largest = ", ".join(f"{name} {size:,}" for name, size in list(left.items())[:3])
+    logger.info(f"{sum(left.values()):,} bytes of weights are not in 4 bits, {largest} among them: nf4lora.hf.left_in_16_bits has all")
+    holders = {name: model.get_submodule(name.rpartition(".")[0]) for name in left if model.get_parameter(name).ndim == 3}
+    stacks = [name for name, holder in holders.items() if not isinstance(holder, nn.Conv1d)]
+    if stacks:
+        logger.warning(
+            f"{sum(left[name] for name in stacks):,} bytes in {len(stacks)} stacks of weights stay in {model.dtype}, "
+            f"{stacks[0]} the largest of them"
+        )

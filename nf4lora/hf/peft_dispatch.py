@@ -1,16 +1,19 @@
 """peft on our base: `install()` makes every way of peft to an adapter give `NF4LoraLinear` on an `NF4Linear`, and nothing else."""
 
+import warnings
 from contextvars import ContextVar
 from typing import Any
 
 import peft.peft_model
 import peft.tuners.lora.model
+import peft.tuners.tuners_utils
 import peft.utils.hotswap
 import peft.utils.save_and_load
 import transformers.integrations.peft
 import transformers.modeling_utils
 from peft.mapping import PEFT_TYPE_TO_PREFIX_MAPPING
 from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer
+from peft.utils import INCLUDE_LINEAR_LAYERS_SHORTHAND
 from torch import nn
 
 from ..nn import NF4Linear, NF4LoRALinear
@@ -96,7 +99,23 @@ def _inject(original: Any, tuner: BaseTuner, model: nn.Module, adapter_name: str
                     f"modules_to_save: found {path} in 4 bits, which cannot learn; keep it in 16 bits with "
                     f"NF4Config(modules_to_not_convert=[{name!r}]), or give it an adapter through target_modules"
                 )
+    _adapt_linears_only(tuner.peft_config[adapter_name], model)
     return original(tuner, model, adapter_name, *args, **kwargs)
+
+
+def _adapt_linears_only(config: Any, model: nn.Module) -> None:
+    """Settle "all-linear" beside experts in 4 bits: peft would have it mean their stacks too, which take no adapter."""
+    targets = getattr(config, "target_modules", None)
+    if not isinstance(targets, str) or targets.lower() != INCLUDE_LINEAR_LAYERS_SHORTHAND:
+        return
+    stacks = [f"{name}.{stack}" for name, m in model.named_modules() if isinstance(m, NF4Experts) for stack in m.stacks]
+    if stacks:
+        peft.tuners.tuners_utils._maybe_include_all_linear_layers(config, model)
+        warnings.warn(
+            f"target_modules='all-linear': {len(config.target_modules)} linears get an adapter; {stacks[0]} and {len(stacks) - 1} "
+            "more stacks of experts, in 4 bits, do not",
+            stacklevel=2,
+        )
 
 
 def _load(original: Any, model: nn.Module, *args: Any, **kwargs: Any) -> Any:

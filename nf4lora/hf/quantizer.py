@@ -17,6 +17,7 @@ from transformers.quantizers.quantizers_utils import get_module_from_name, shoul
 from ..codebook import QUANT_TYPES
 from ..nn import NF4Linear, NF4LoRALinear
 from ..nn.expert_layers import expert_stacks
+from ..quant_keys import DTYPES
 from ..quant_state import ceil_div
 from . import experts
 from .config import METHOD, NF4Config
@@ -164,6 +165,8 @@ class NF4Quantizer(HfQuantizer):
             if not any(isinstance(o, FromBitsAndBytes) for o in getattr(c, "operations", ()))
         ]  # fmt: skip
         experts.save_stacks_whole(model)
+        if not self.pre_quantized:
+            experts.tell_what_stays(model)
         self._model = weakref.ref(model)
         return model
 
@@ -187,6 +190,7 @@ class NF4Quantizer(HfQuantizer):
             raise ValueError(
                 f"{adapted[0]} and {len(adapted) - 1} more hold an adapter: put layer.merge() in their place first"
             )
+        dtype = DTYPES.get(dtype, dtype)  # transformers passes config.dtype, which save_pretrained turns into its name
         for name, layer in layers:
             model.set_submodule(name, dense(layer, dtype))
         experts.dequantize_experts(model, dtype)
