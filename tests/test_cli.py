@@ -7,27 +7,16 @@ from pathlib import Path
 
 import pytest
 import torch
+from commands import in_process, refused
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 import nf4lora.cli.errors as error_table
-from nf4lora.cli import app
 
 
 @pytest.fixture
 def nf4lora(capsys, monkeypatch, tmp_path):
-    """nf4lora(*arguments) -> (exit code, stdout, stderr), in this process and in an empty folder."""
-    monkeypatch.chdir(tmp_path)
-
-    def command(*arguments):
-        monkeypatch.setattr(sys, "argv", ["nf4lora", *map(str, arguments)])
-        try:
-            code = app.run()
-        except SystemExit as end:
-            code = end.code
-        return code or 0, *capsys.readouterr()
-
-    return command
+    return in_process(capsys, monkeypatch, tmp_path)
 
 
 @pytest.fixture(scope="module")
@@ -43,14 +32,6 @@ def folder(tmp_path_factory) -> Path:
     )  # fmt: skip
     LlamaForCausalLM(config).save_pretrained(path)
     return path
-
-
-def refused(result, *texts):
-    code, out, err = result
-    assert code == 2 and out == "", result
-    assert err.startswith("nf4lora: error: ") and err.count("\n") == 1 and "Traceback" not in err, err
-    for text in texts:
-        assert text in err, err
 
 
 NUMBERS = [

@@ -1,7 +1,6 @@
 """`nf4lora plan`: its bytes against those that are then allocated, its advice on models and cards, its refusals."""
 
 import json
-import sys
 import warnings
 from dataclasses import replace
 from pathlib import Path
@@ -9,12 +8,13 @@ from pathlib import Path
 import pytest
 import tiny
 import torch
+from commands import in_process, refused
 from torch import nn
 from transformers import GPT2Config, LlamaConfig, LlamaForCausalLM, LlavaConfig, Qwen3MoeConfig, RobertaConfig, T5Config
 from transformers.models.gpt2 import GPT2LMHeadModel
 
 from nf4lora import optim
-from nf4lora.cli import app, methods
+from nf4lora.cli import methods
 from nf4lora.cli import model as models
 from nf4lora.cli.memory import peak_bytes
 from nf4lora.cli.planning import needs
@@ -262,18 +262,7 @@ def test_the_largest():
 
 @pytest.fixture
 def nf4lora(capsys, monkeypatch, tmp_path):
-    """nf4lora(*arguments) -> (exit code, stdout, stderr), in this process and in an empty folder."""
-    monkeypatch.chdir(tmp_path)
-
-    def command(*arguments):
-        monkeypatch.setattr(sys, "argv", ["nf4lora", "plan", *map(str, arguments)])
-        try:
-            code = app.run()
-        except SystemExit as end:
-            code = end.code
-        return code or 0, *capsys.readouterr()
-
-    return command
+    return in_process(capsys, monkeypatch, tmp_path, "plan")
 
 
 @pytest.fixture
@@ -296,14 +285,6 @@ def test_the_command(nf4lora, folder):
     assert code == 3 and "Nothing fits" in out
     code, out, _ = nf4lora("--help")
     assert code == 0 and "Example: nf4lora plan" in out and "Exit code 3" in out
-
-
-def refused(result, *texts):
-    code, out, err = result
-    assert code == 2 and out == "", result
-    assert err.startswith("nf4lora: error: ") and err.count("\n") == 1 and "Traceback" not in err, err
-    for text in texts:
-        assert text in err, err
 
 
 OPTIONS = [

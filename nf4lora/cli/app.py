@@ -4,17 +4,21 @@ import sys
 
 import typer
 
+from .compare import compare
 from .doctor import doctor
 from .errors import errors
+from .export import export
 from .finetune import finetune
+from .merge import merge
 from .plan import plan
+from .quantize import quantize
 from .settings import RunFailed, Stopped, UserError
 
 app = typer.Typer(
     name="nf4lora", help="QLoRA fine-tuning on NF4 kernels.", no_args_is_help=True, add_completion=False,
     pretty_exceptions_enable=False, rich_markup_mode=None,
 )  # fmt: skip
-for command in (finetune, plan, errors, doctor):
+for command in (finetune, plan, quantize, merge, export, compare, errors, doctor):
     app.command()(command)
 
 

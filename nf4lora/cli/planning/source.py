@@ -80,22 +80,25 @@ def _check_file(path: Path) -> None:
 
 def on_meta(config: Any, dtype: torch.dtype) -> nn.Module:
     """The model of a config with floats of `dtype` on the meta device. Raises: UserError for a config that makes none."""
+    auto = auto_class(config)
+    reason = "no class of transformers is known for it"
+    try:
+        if auto is not None:
+            with torch.device("meta"):
+                return auto.from_config(config, dtype=dtype)
+    except _ODD as error:
+        reason = _first_line(error)
+    raise UserError(f"MODEL_OR_CONFIG: no model can be made of a {type(config).__name__} ({reason})")
+
+
+def auto_class(config: Any) -> Any:
+    """The Auto class of transformers that makes what `config.architectures` names, or else what it can make; None for nothing."""
     import transformers
 
     architecture = (getattr(config, "architectures", None) or [""])[0]
     classes = next((autos for end, autos in _HEADS.items() if architecture.endswith(end)), ())
-    reason = "no class of transformers is known for it"
-    for name in dict.fromkeys((*classes, *_ANY)):
-        auto = getattr(transformers, name)
-        if type(config) not in auto._model_mapping:
-            continue
-        try:
-            with torch.device("meta"):
-                return auto.from_config(config, dtype=dtype)
-        except _ODD as error:
-            reason = _first_line(error)
-            break
-    raise UserError(f"MODEL_OR_CONFIG: no model can be made of a {type(config).__name__} ({reason})")
+    found = (getattr(transformers, name) for name in dict.fromkeys((*classes, *_ANY)))
+    return next((auto for auto in found if type(config) in auto._model_mapping), None)
 
 
 def _first_line(error: Exception) -> str:
