@@ -315,15 +315,40 @@ def test_damaged_bitsandbytes_checkpoints(bnb, copied, change, error):
         from_pretrained(changed(copied(bnb), change))
 
 
+def test_an_adapter_of_ours_in_a_saved_model_is_not_dropped(dense, tmp_path):
+    model = replace_linears(from_pretrained(dense), r=2)
+    model.save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match=r"lora_A, an adapter of NF4LoRALinear, which from_pretrained would drop.*save_adapter"):
+        from_pretrained(tmp_path)
+
+
+def test_linears_of_other_classes_and_mixers_that_read_a_weight(tmp_path, monkeypatch):
+    from nf4lora.hf import experts
+
+    log = []
+    monkeypatch.setattr(experts.logger, "warning", log.append)
+    falcon = dict(vocab_size=128, hidden_size=64, num_hidden_layers=2, num_attention_heads=4)
+    AutoModelForCausalLM.from_config(transformers.FalconConfig(**falcon)).save_pretrained(tmp_path / "falcon")
+    from_pretrained(tmp_path / "falcon")
+    assert len(log) == 1 and "in 8 linears of class FalconLinear stay in torch.float32, transformer.h.0" in log[0]
+    mamba = transformers.MambaConfig(vocab_size=128, hidden_size=64, num_hidden_layers=2, state_size=4)
+    AutoModelForCausalLM.from_config(mamba).save_pretrained(tmp_path / "mamba")
+    model = from_pretrained(tmp_path / "mamba")
+    assert type(model.backbone.layers[0].mixer.dt_proj) is torch.nn.Linear
+    assert isinstance(model.backbone.layers[0].mixer.in_proj, NF4Linear)
+    assert model(input_ids=tiny.tokens()).logits.isfinite().all()
+    model.save_pretrained(tmp_path / "four")
+    with torch.no_grad():
+        assert torch.equal(from_pretrained(tmp_path / "four")(input_ids=tiny.tokens()).logits, model(input_ids=tiny.tokens()).logits)
+
+
 def test_export_refuses(dense, tmp_path):
     import peft
 
     model = from_pretrained(dense)
-    (tmp_path / "mine").mkdir()
-    (tmp_path / "mine" / "thesis.tex").write_text("...")
-    for place in (tmp_path / "mine", tmp_path / "mine" / "thesis.tex"):
-        with pytest.raises(ValueError, match="found something else than a checkpoint there"):
-            save_bitsandbytes(model, place)
+    (tmp_path / "thesis.tex").write_text("...")
+    with pytest.raises(ValueError, match="thesis.tex: found a file, wanted a folder"):
+        save_bitsandbytes(model, tmp_path / "thesis.tex")
     mixed = from_pretrained(dense)
     mixed.set_submodule(LAYER, NF4Linear(64, 128, bias=False, quant_type="fp4", dtype=torch.bfloat16))
     with pytest.raises(ValueError, match=f"{LAYER} as \\('fp4', 64, True\\)"):
@@ -335,7 +360,7 @@ def test_export_refuses(dense, tmp_path):
     adapted = peft.get_peft_model(model, peft.LoraConfig(r=2, target_modules=["q_proj"]))
     with pytest.raises(ValueError, match="adapters of peft"):
         save_bitsandbytes(adapted.get_base_model(), tmp_path / "bnb")
-    assert [p.name for p in tmp_path.iterdir()] == ["mine"] and [p.name for p in (tmp_path / "mine").iterdir()] == ["thesis.tex"]
+    assert [p.name for p in tmp_path.iterdir()] == ["thesis.tex"]
     save_bitsandbytes(adapted.unload(), tmp_path / "bnb")
     assert not any(isinstance(m, NF4LoRALinear) for m in from_pretrained(tmp_path / "bnb").modules())
 

@@ -9,6 +9,7 @@ from types import SimpleNamespace
 import pytest
 import tiny
 import torch
+import torch.utils.checkpoint
 import transformers
 from safetensors import safe_open
 from torch import nn
@@ -204,8 +205,13 @@ def test_a_forward_of_its_own_keeps_no_decoded_stack_for_the_backward(name, monk
     monkeypatch.setattr(NF4Experts, "dequantize_expert", lambda m, n, e, d=None: decoded.append((n, e)) or real(m, n, e, d))
     given = [t.requires_grad_() if t.is_floating_point() else t for t in operands(OWN[name])]
     saved = []
-    pack = expert_layers._Decoded.pack
-    monkeypatch.setattr(expert_layers._Decoded, "pack", lambda self, t: saved.append(pack(self, t)) or saved[-1])
+    recipe = expert_layers._Decoded.recipe
+
+    def seen(self, t):
+        saved.append(recipe(self, t) or t)
+        return recipe(self, t)
+
+    monkeypatch.setattr(expert_layers._Decoded, "recipe", seen)
     y = four(*given)
     held = [t for t in saved if isinstance(t, torch.Tensor)]
     assert len(held) < len(saved) and max(t.untyped_storage().nbytes() for t in held) < H * I * 4
@@ -219,6 +225,22 @@ def test_a_forward_of_its_own_keeps_no_decoded_stack_for_the_backward(name, monk
         torch.testing.assert_close(four(*given), dense(*given))
 
 
+@pytest.mark.parametrize("name", OWN)
+def test_a_forward_of_its_own_is_checkpointed_like_any_other(name):
+    """Bytes the graph holds under checkpointing, whose hooks see what is saved within."""
+    four, dense = pair(OWN[name])
+    held = {}
+    for module in (four, dense):
+        given = [t.requires_grad_() if t.is_floating_point() else t for t in operands(OWN[name])]
+        kept = []
+        with torch.autograd.graph.saved_tensors_hooks(lambda t, kept=kept: kept.append(t.nbytes) or t, lambda t: t):
+            y = torch.utils.checkpoint.checkpoint(module, *given, use_reentrant=False)
+        wanted = torch.autograd.grad(module(*given).sum(), given[0])[0]
+        torch.testing.assert_close(torch.autograd.grad(y.sum(), given[0])[0], wanted)
+        held[module] = sum(kept)
+    assert held[four] == held[dense]
+
+
 def test_every_class_of_experts_without_a_decorator_goes_through_its_own_forward():
     m = OddExperts()
     four = as_experts(copy.deepcopy(m), double_quant=False).quantize_()
@@ -226,6 +248,7 @@ def test_every_class_of_experts_without_a_decorator_goes_through_its_own_forward
     wanted = torch.stack([x @ w.T for w in four.dequantize("first")])
     torch.testing.assert_close(four(x), wanted)
     jet = JetMoeParallelExperts(3, 8, 64)
+    nn.init.normal_(jet.weight)
     jet = as_experts(jet).quantize_()
     assert jet(torch.randn(6, 8), [1, 2, 3]).shape == (6, 64)
 

@@ -361,7 +361,12 @@ def test_export(dense, tmp_path, quant_type, blocksize, double_quant):
     assert (read.quant_type, read.blocksize, read.double_quant) == (quant_type, blocksize, double_quant)
     back.save_pretrained(tmp_path / "native")
     assert same_tensors(ours, from_pretrained(tmp_path / "native"))
-    save_bitsandbytes(back, tmp_path / "bnb")  # in the place of what is there
+    (tmp_path / "bnb" / "checkpoint-9").mkdir()
+    for name in ("tokenizer.json", "checkpoint-9/optimizer.pt"):
+        (tmp_path / "bnb" / name).write_text(name)
+    save_bitsandbytes(back, tmp_path / "bnb")  # in the place of the checkpoint that is there, not of all else
+    for name in ("tokenizer.json", "checkpoint-9/optimizer.pt"):
+        assert (tmp_path / "bnb" / name).read_text() == name
     assert same_tensors(ours, from_pretrained(tmp_path / "bnb")) and len(list((tmp_path / "bnb").glob("*.safetensors"))) == 1
     assert {p.name for p in tmp_path.iterdir()} == {"bnb", "native"}
 

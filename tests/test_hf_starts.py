@@ -205,6 +205,7 @@ CHOICES = {
     "regex": dict(target_modules=r".*\.(gate|up)_proj"),
     "head": dict(target_modules=["lm_head", "k_proj"]),
     "kept": dict(target_modules="all-linear", modules_to_save=["mlp"]),
+    "one kept": dict(target_modules=["q_proj"], modules_to_save=["gate_proj"]),
 }
 
 

@@ -136,9 +136,10 @@ def test_another_transformers_is_refused(change, monkeypatch):
         monkeypatch.delattr(Trainer, "get_optimizer_cls_and_kwargs")
     else:
         monkeypatch.setattr(Trainer, "get_optimizer_cls_and_kwargs", lambda self, context: None)
+    before = dict(patches._originals)
     with pytest.raises(RuntimeError, match=r"patched nothing; give Trainer\(optimizer_cls_and_kwargs="):
         patch_trainer_optimizers()
-    assert not patches._originals
+    assert patches._originals == before
     monkeypatch.undo()
 
 
@@ -208,8 +209,10 @@ def test_others_are_left_alone(tmp_path):
         Trainer(modell=plain)
 
 
-def test_without_it_trainer_would_wrap_the_model(tmp_path):
+def test_without_it_trainer_would_wrap_the_model(tmp_path, monkeypatch):
     """The trap is there in the transformers that is installed."""
+    keep_one_gpu_per_process()
+    monkeypatch.setattr(Trainer, "__init__", Trainer.__init__.__wrapped__)
     model = replace_linears(tiny.llama(dtype=torch.float32).requires_grad_(False), r=4)
     run = Trainer(model, two_gpus(arguments(tmp_path)), train_dataset=ROWS)
     assert isinstance(run._wrap_model(run.model), nn.DataParallel) and run._train_batch_size == 4

@@ -2,6 +2,8 @@
 
 import copy
 import os
+import re
+import shutil
 import warnings
 from pathlib import Path
 
@@ -16,6 +18,8 @@ from . import atomic
 from .conversion import parameters
 from .loaded import not_converted, one_format
 
+_OF_A_MODEL = re.compile(r"config\.json|generation_config\.json|model.*\.safetensors|.*\.safetensors\.index\.json")
+
 
 def save_bitsandbytes(
     model: PreTrainedModel, directory: str | os.PathLike, max_shard_size: int | str = "5GB"
@@ -24,23 +28,17 @@ def save_bitsandbytes(
 
     Args:
         model:     of transformers, its `NF4Linear`s in one 4-bit format
-        directory: a checkpoint there is replaced
+        directory: a checkpoint there is replaced, other files there stay
     Returns: path -> bytes of what nf4lora holds in 4 bits and bitsandbytes cannot (stacks of experts): written decoded,
              in the dtype before quantization, and warned of.
     Numerics: transformers with bitsandbytes holds the same bytes and decodes the same weights.
     Memory:   no copy of the packed bytes; the decoded experts until they are written
-    Raises:   ValueError (no 4-bit layer, two formats, an adapter, weights on the disk, a directory that holds something
-              else); OSError with the system's reason: what was there is there still
+    Raises:   ValueError (no 4-bit layer, two formats, an adapter, weights on the disk, a file in the directory's place);
+              OSError with the system's reason: what was there is there still
     """
     directory = Path(directory)
-    if (
-        directory.exists()
-        and not (directory / "config.json").is_file()
-        and (not directory.is_dir() or any(directory.iterdir()))
-    ):
-        raise ValueError(
-            f"{directory}: found something else than a checkpoint there, wanted a new folder, or one with a config.json"
-        )
+    if directory.exists() and not directory.is_dir():
+        raise ValueError(f"{directory}: found a file, wanted a folder or a name for one")
     config = _config(model)
     tensors, decoded = _tensors(model)
     twin = copy.copy(model)  # shares every module; what differs is the configuration, and that no quantizer has a say
@@ -54,6 +52,9 @@ def save_bitsandbytes(
         twin.save_pretrained(temp, state_dict=tensors, max_shard_size=max_shard_size)
         for file in temp.iterdir():
             atomic.flush(file)
+        for entry in directory.iterdir() if directory.is_dir() else ():  # a tokenizer, checkpoints of a run
+            if not _OF_A_MODEL.fullmatch(entry.name) and not (temp / entry.name).exists():
+                _link(entry, temp / entry.name)
         atomic.flush(temp)
         atomic.move(temp, directory)
     if decoded:
@@ -61,6 +62,13 @@ def save_bitsandbytes(
         warnings.warn(f"{len(decoded)} stacks of experts ({some}, …) are written decoded, {total:,} bytes: bitsandbytes has "
                       "4-bit linears only", stacklevel=2)  # fmt: skip
     return decoded
+
+
+def _link(entry: Path, target: Path) -> None:
+    if entry.is_dir() and not entry.is_symlink():
+        shutil.copytree(entry, target, symlinks=True, copy_function=os.link)
+    else:
+        os.link(entry, target, follow_symlinks=False)
 
 
 def _config(model: PreTrainedModel) -> BitsAndBytesConfig:

@@ -108,7 +108,7 @@ def _makes(conversion: Any, stacks: list[str]) -> bool:
 def left_in_16_bits(model: nn.Module) -> dict[str, int]:
     """Bytes of every float parameter of two or more dimensions, by name, the largest first: what 4 bits do not hold.
 
-    Embeddings, head, routers, stacks that were skipped and biases of experts; not the adapters of `NF4LoRALinear`.
+    Embeddings, head, routers, stacks that were skipped and biases of experts, adapters of peft; not those of `NF4LoRALinear`.
     """
     parameters = ((name, m, n, p) for name, m in model.named_modules() for n, p in m.named_parameters(recurse=False))
     left, seen = {}, set()
@@ -120,7 +120,10 @@ def left_in_16_bits(model: nn.Module) -> dict[str, int]:
 
 
 def tell_what_stays(model: nn.Module) -> None:
-    """Log the bytes that 4 bits do not hold; a warning names stacks of weights, 3-D, that stay as they are."""
+    """Log the bytes that 4 bits do not hold; warnings name stacks of weights, 3-D, and linears of other classes that stay.
+
+    Those no quantizer of transformers takes, and nobody would see it.
+    """
     left = left_in_16_bits(model)
     largest = ", ".join(f"{name} {size:,}" for name, size in list(left.items())[:3])
     logger.info(f"{sum(left.values()):,} bytes of weights are not in 4 bits, {largest} among them: nf4lora.hf.left_in_16_bits has all")
@@ -130,4 +133,11 @@ def tell_what_stays(model: nn.Module) -> None:
         logger.warning(
             f"{sum(left[name] for name in stacks):,} bytes in {len(stacks)} stacks of weights stay in {model.dtype}, "
             f"{stacks[0]} the largest of them"
+        )
+    others = {n: m for n, m in model.named_modules() if isinstance(m, nn.Linear) and type(m) is not nn.Linear and n + ".weight" in left}
+    if others:
+        kinds, first = sorted({type(m).__name__ for m in others.values()}), next(iter(others))
+        logger.warning(
+            f"{sum(left[name + '.weight'] for name in others):,} bytes in {len(others)} linears of class {', '.join(kinds)} stay in "
+            f"{model.dtype}, {first} among them"
         )

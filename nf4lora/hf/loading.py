@@ -1,5 +1,6 @@
 """`from_pretrained`: a model in 4 bits from whatever checkpoint there is: 16-bit, ours, or bitsandbytes' own."""
 
+import copy
 import os
 import warnings
 from typing import Any
@@ -47,8 +48,8 @@ def from_pretrained(
     if os.path.isdir(folder) and kwargs.get("gguf_file") is None:
         check_folder(folder, kwargs.get("variant"))
     config = kwargs.get("config")
-    if not isinstance(config, PreTrainedConfig):
-        config = AutoConfig.from_pretrained(base if config is None else config, **hub)
+    given = isinstance(config, PreTrainedConfig)
+    config = copy.deepcopy(config) if given else AutoConfig.from_pretrained(base if config is None else config, **hub)
     found = _quantization(config)
     if found is None:
         return model_class.from_pretrained(path, quantization_config=quantization_config or NF4Config(), **kwargs)

@@ -100,6 +100,8 @@ class NF4Quantizer(HfQuantizer):
             elif self.pre_quantized:
                 self.storage = packed_dtype(checkpoint_files)
         skip = self.get_modules_to_not_convert(model, config.modules_to_not_convert, model._keep_in_fp32_modules)
+        # Of these the mixer reads the weight itself.
+        skip += [f"{name}.dt_proj" for name, m in model.named_modules() if type(m).__name__.endswith("MambaMixer")]
         tied = {*model.all_tied_weights_keys, *model.all_tied_weights_keys.values()}
         for name, module in list(model.named_modules()):
             if type(module) in (nn.Linear, Conv1D) and should_convert_module(name, skip):

@@ -9,6 +9,7 @@ import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 from peft.tuners.lora import LoraLayer
 from peft.tuners.tuners_utils import BaseTunerLayer
+from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import nn
 from transformers import PreTrainedModel
 from transformers.quantizers.quantizers_utils import should_convert_module
@@ -149,7 +150,8 @@ def _choice(model: nn.Module, config: LoraConfig, adapter_name: str) -> tuple[di
                 f"target_modules: found {name}, a {type(base).__name__}, wanted a torch.nn.Linear; name it in exclude_modules"
             )
     targets = {name: (m.r[adapter_name], m.scaling[adapter_name]) for name, m in adapted.items()}
-    return targets, modules.keys() - targets.keys()
+    learn = {name for name, m in modules.items() if isinstance(m, AuxiliaryTrainingWrapper)}  # modules_to_save
+    return targets, modules.keys() - targets.keys() - learn
 
 
 def _check_targets(

@@ -92,7 +92,7 @@ def keep_one_gpu_per_process() -> None:
 
     @wraps(original)
     def __init__(self: Trainer, *args: Any, **kwargs: Any) -> None:
-        given = inspect.signature(original).bind(self, *args, **kwargs).arguments
+        given = dict(zip(("model", "args"), args, strict=False)) | kwargs
         _use_one_gpu(given.get("model"), given.get("args"))
         original(self, *args, **kwargs)
 

@@ -1,7 +1,7 @@
 """Modules of experts as transformers has them, computed on 4-bit stacks: one by one, or in their own forward on decoded stacks."""
 
 from contextlib import AbstractContextManager, nullcontext
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -96,20 +96,35 @@ class _Decoded:
     def saving_none(self) -> AbstractContextManager:
         if not torch.is_grad_enabled():
             return nullcontext()
-        return torch.autograd.graph.saved_tensors_hooks(self.pack, _unpack)
+        # Those around, such as checkpointing's, which these hide
+        pack, unpack = torch._C._autograd._top_saved_tensors_default_hooks(False) or (_itself, _itself)
+        return torch.autograd.graph.saved_tensors_hooks(
+            lambda t: self.recipe(t) or pack(t), lambda saved: _decode(saved) if isinstance(saved, _View) else unpack(saved)
+        )
 
-    def pack(self, t: Tensor) -> Any:
-        """The recipe of a view of a decoded stack, any other tensor itself."""
+    def recipe(self, t: Tensor) -> "_View | None":
+        """How a view of a decoded stack is made again; None for any other tensor."""
         for name, whole in self.found.items():
             if t.dtype == whole.dtype and t.untyped_storage().data_ptr() == whole.untyped_storage().data_ptr():
-                return self.module, name, t.dtype, t.shape, t.stride(), t.storage_offset()
-        return t
+                return _View(self.module, name, t.dtype, t.shape, t.stride(), t.storage_offset())
+        return None
 
 
-def _unpack(saved: Any) -> Tensor:
-    if isinstance(saved, Tensor):
-        return saved
-    module, name, dtype, shape, stride, offset = saved
+class _View(NamedTuple):
+    module: NF4Experts
+    name: str
+    dtype: torch.dtype
+    shape: torch.Size
+    stride: tuple[int, ...]
+    offset: int
+
+
+def _itself(t: Any) -> Any:
+    return t
+
+
+def _decode(view: _View) -> Tensor:
+    module, name, dtype, shape, stride, offset = view
     _, a, b = module.stacks[name]
     if 0 in shape:
         return torch.empty(shape, dtype=dtype, device=getattr(module, name).device)
