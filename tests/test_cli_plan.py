@@ -10,7 +10,22 @@ import tiny
 import torch
 from commands import in_process, refused
 from torch import nn
-from transformers import GPT2Config, LlamaConfig, LlamaForCausalLM, LlavaConfig, Qwen3MoeConfig, RobertaConfig, T5Config
+from transformers import (
+    GPT2Config,
+    JambaConfig,
+    LlamaConfig,
+    LlamaForCausalLM,
+    LlavaConfig,
+    Mamba2Config,
+    MambaConfig,
+    MambaForCausalLM,
+    Qwen3MoeConfig,
+    RobertaConfig,
+    T5Config,
+    WhisperConfig,
+    XLNetConfig,
+    xLSTMConfig,
+)  # fmt: skip
 from transformers.models.gpt2 import GPT2LMHeadModel
 
 from nf4lora import optim
@@ -172,7 +187,7 @@ def test_8b(inventories):
     small, usual, large = (planned(inventories["8B"], gpu) for gpu in ("8GiB", "24GiB", "80GiB"))
     assert not any(f.fits for f in usual.fits if f.choice.method == "full") and any(f.fits for f in large.fits if f.choice.method == "full")
     assert not small.advice.fit and "fits at" in small.advice.otherwise
-    assert value(usual, "--method") == "qlora" and value(large, "--method") == "lora"
+    assert value(usual, "method") == "qlora" and value(large, "method") == "lora"
     assert value(large, "--gradient-checkpointing") == "no" and int(value(large, "--batch-size")) > int(value(usual, "--batch-size"))
     assert value(usual, "--r") == "16" and value(usual, "--lr") == "2e-4"
     assert value(planned(inventories["8B"], "24GiB", seq_len=8192), "--gradient-checkpointing") == "yes"
@@ -183,7 +198,8 @@ def test_70b(inventories):
     assert [bool(found.advice.fit) for found in fits.values()] == [False, False, True, True]
     assert "takes" in fits["24GiB"].advice.otherwise and "48 GiB would do" in fits["24GiB"].advice.otherwise
     for gpu in ("48GiB", "80GiB"):
-        assert value(fits[gpu], "--method") == "qlora" and value(fits[gpu], "--lr") == "1e-4"
+        assert value(fits[gpu], "method") == "qlora" and value(fits[gpu], "--lr") == "1e-4"
+        assert "even with checkpointing" in fits[gpu].advice.values["method"][1]
     assert not any(f.fits for f in fits["80GiB"].fits if f.choice.method in ("full", "lora"))
     assert value(fits["48GiB"], "--optim").startswith("paged")
 
@@ -192,7 +208,7 @@ def test_experts(inventories):
     small, usual, large = (planned(inventories["30B-A3B"], gpu) for gpu in ("8GiB", "24GiB", "80GiB"))
     assert not small.advice.fit
     for found in (usual, large):
-        assert value(found, "--method") == "qlora" and "3-D stacks" in found.advice.values["--target-modules"][1]
+        assert value(found, "method") == "qlora" and "3-D stacks" in found.advice.values["--target-modules"][1]
     assert value(usual, "--gradient-checkpointing") == "yes" and value(large, "--gradient-checkpointing") == "no"
     model = inventories["30B-A3B"]
     assert model.stacked / model.total > 0.94 and model.packed * 2 == model.quantized
@@ -200,12 +216,30 @@ def test_experts(inventories):
 
 def test_small_models(inventories):
     for gpu in ("8GiB", "24GiB", "80GiB"):
-        assert value(planned(inventories["gpt2"], gpu), "--method") == "lora" and value(planned(inventories["gpt2"], gpu), "--r") == "8"
+        assert value(planned(inventories["gpt2"], gpu), "method") == "lora" and value(planned(inventories["gpt2"], gpu), "--r") == "8"
         encoder = planned(inventories["roberta"], gpu)
-        assert value(encoder, "--method") == "adalora" and "12" in value(encoder, "--r")
+        assert value(encoder, "method") == "adalora" and value(encoder, "--r") == "12" and "is 8" in encoder.advice.values["--r"][1]
         assert planned(inventories["1B"], gpu).advice.fit
-    assert value(planned(inventories["1B"], "24GiB"), "--method") == "lora"
-    assert value(planned(inventories["1B"], "8GiB"), "--method") == "qlora"
+    plain, again, small = (planned(inventories["1B"], gpu) for gpu in ("24GiB", "8GiB", "6GiB"))
+    assert [value(found, "method") for found in (plain, again, small)] == ["lora", "lora", "qlora"]
+    assert [value(found, "--gradient-checkpointing") for found in (plain, again, small)] == ["no", "yes", "yes"]
+
+
+@pytest.mark.parametrize("gpu", ["24GiB", "32GiB"])
+def test_the_reason_for_4_bits_tells_what_16_bits_take(inventories, gpu):
+    found = planned(inventories["8B"], gpu)
+    plain, again = (f for f in found.fits if f.choice.method == "lora")
+    assert not plain.fits and again.fits and again.choice.gradient_checkpointing and value(found, "--gradient-checkpointing") == "no"
+    base = sum(needs.weights_of(inventories["8B"], plain.choice).values())
+    reason = found.advice.values["method"][1]
+    assert f"16-bit base of {shown(base)} takes {shown(plain.on_device)}" in reason and base == 2 * inventories["8B"].total + inventories["8B"].buffers
+    assert f"fits only with checkpointing, in {shown(again.on_device)}" in reason and value(found, "method") == "qlora"
+
+
+def test_options_that_are_recommended_are_options_of_finetune(inventories, nf4lora_finetune_help):
+    for name in ("8B", "roberta"):
+        options = [option for option in planned(inventories[name], "24GiB").advice.values if option != "method"]
+        assert len(options) == 8 and all(f"  {option} " in nf4lora_finetune_help for option in options)
 
 
 @pytest.mark.parametrize("name", CONFIGS)
@@ -252,6 +286,62 @@ def test_kinds_of_models_are_counted():
         assert ("images" in found.assumed) == isinstance(config, LlavaConfig)
 
 
+MAMBA = dict(vocab_size=64, hidden_size=32, num_hidden_layers=2, state_size=8)
+UNKNOWN = {
+    "mamba": (MambaConfig(**MAMBA), "A_log, D, conv1d, MambaMixer in MambaBlock"),
+    "mamba2": (Mamba2Config(**MAMBA, num_heads=4, head_dim=16, n_groups=1), "A_log, D, conv1d, Mamba2Mixer in Mamba2Block"),
+    "jamba": (
+        JambaConfig(vocab_size=64, hidden_size=32, intermediate_size=64, num_hidden_layers=8, num_attention_heads=4, num_key_value_heads=2, num_experts=2),
+        "A_log, D, conv1d, JambaMambaMixer in JambaMambaDecoderLayer",
+    ),
+    "xlstm": (xLSTMConfig(vocab_size=64, hidden_size=64, num_blocks=2, num_heads=4), "xLSTMLayer in xLSTMBlock"),
+    "xlnet": (XLNetConfig(vocab_size=64, d_model=32, n_layer=2, n_head=4, d_inner=64), "all layers of XLNetLMHeadModel"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", UNKNOWN)
+def test_layers_with_activations_that_are_not_counted_say_so(capsys, name):
+    config, named = UNKNOWN[name]
+    found = planned(take(config), "8GiB", seq_len=64)
+    assert named in found.model.uncounted and found.assumed["activations"].startswith(f"a lower bound: those of {named}")
+    shown_json = found.as_json()
+    assert named in shown_json["assumptions"]["activations"] and all(f["lower_bound"] for f in shown_json["fits"])
+    for option in ("--batch-size", "--gradient-checkpointing"):
+        assert named in shown_json["advice"][option]["reason"] and "try it" in shown_json["advice"][option]["reason"]
+    found.show()
+    out = " ".join(capsys.readouterr().out.split())
+    assert out.count("lower bound") >= 4 and "perhaps" in out and "│ yes │" not in out and "≤ " in out and "≥ " in out
+
+
+def test_autograd_keeps_more_of_a_state_space_model_than_is_counted():
+    kept = {}
+    model = MambaForCausalLM(MambaConfig(**MAMBA))
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.setdefault(t.untyped_storage().data_ptr(), t), lambda t: t):
+        model(torch.zeros(1, 64, dtype=torch.long))
+    weights = {p.untyped_storage().data_ptr() for p in model.parameters()}
+    measured = sum(t.untyped_storage().nbytes() for at, t in kept.items() if at not in weights)
+    counted = need(take(model.config), Choice("full", seq_len=64, compute=4, weights=4, cuda=False)).parts
+    assert measured > 2 * (counted["activations"] + counted["logits"])
+
+
+def test_layers_that_are_counted_have_no_such_caveat(inventories):
+    for model in (*inventories.values(), take(LlavaConfig())):
+        found = planned(model, "80GiB").as_json()
+        assert model.uncounted == "" and "activations" not in found["assumptions"] and not any(f["lower_bound"] for f in found["fits"])
+
+
+def test_a_length_is_at_most_what_the_config_says():
+    assert take(WhisperConfig(encoder_layers=1, decoder_layers=1)).longest == 448
+    assert take(GPT2Config(n_layer=1)).longest == 1024 and take(UNKNOWN["xlnet"][0]).longest is None
+
+
+def test_speech_is_read_by_an_encoder_of_its_own_length():
+    model = take(WhisperConfig(encoder_layers=2, decoder_layers=3, architectures=["WhisperForConditionalGeneration"]))
+    assert [(b.count, b.image_tokens) for b in model.blocks] == [(2, 1500), (3, None)]
+    found = planned(model, "24GiB")
+    assert found.assumed["tokens a sequence"] == 448 and "clips of sound" in found.assumed and "images" not in found.assumed
+
+
 def test_the_largest():
     assert [largest(lambda n, most=most: n <= most) for most in (0, 1, 2, 3, 1000)] == [0, 1, 2, 3, 1000]
     assert largest(lambda n: True, 8192) == 8192 and largest(lambda n: n <= 6000, 8192) == 6000
@@ -266,6 +356,11 @@ def nf4lora(capsys, monkeypatch, tmp_path):
 
 
 @pytest.fixture
+def nf4lora_finetune_help(capsys, monkeypatch, tmp_path):
+    return in_process(capsys, monkeypatch, tmp_path, "finetune")("--help")[1]
+
+
+@pytest.fixture
 def folder(tmp_path) -> Path:
     CONFIGS["8B"].save_pretrained(tmp_path / "model")
     return tmp_path / "model"
@@ -274,7 +369,7 @@ def folder(tmp_path) -> Path:
 def test_the_command(nf4lora, folder):
     code, out, _ = nf4lora(folder, "--gpu", "24GiB", "--png", "plan.png", "--json")
     found = json.loads(out)
-    assert code == 0 and found["advice"]["--method"]["value"] == "qlora" and Path("plan.png").read_bytes().startswith(b"\x89PNG")
+    assert code == 0 and found["advice"]["method"]["value"] == "qlora" and Path("plan.png").read_bytes().startswith(b"\x89PNG")
     qlora = found["methods"]["qlora"]
     assert qlora["total"] == sum(qlora["bytes"].values()) and found["assumptions"]["CUDA context"] == "700 MiB"
     code, out, _ = nf4lora(folder / "config.json", "--gpu", "RTX 4090", "--gradient-checkpointing")
@@ -294,6 +389,8 @@ OPTIONS = [
     ("--margin", "-0.1", "[0, 1)"), ("--optim", "adam", "paged_adamw_8bit"), ("--dtype", "int8", "bfloat16"), ("--blocksize", "48", "64"),
     ("--attention", "sdpa", "flash"), ("--context", "much", "512MiB"), ("--target-modules", "q_proj,query", "q_proj"),
     ("--target-modules", "a,,b", "separated by commas"), ("--png", "no/folder/plan.png", "path of a .png file"), ("--png", "plan.xyz", ".png"),
+    ("--png", ".", "path of a .png file"), ("--png", ".png", "path of a .png file"), ("--png", "plan.pdf", "path of a .png file"),
+    ("--gpu", "H100 96GB", "A100-40"), ("--gpu", "A100-20", "A100-40"),
 ]  # fmt: skip
 
 
@@ -313,12 +410,27 @@ def test_a_config_that_is_none(nf4lora, folder):
         ("torn", '{"model_type": "llama"', "is not JSON"), ("list", "[1]", "has no model_type"), ("other", '{"a": 1}', "has no model_type"),
         ("new", '{"model_type": "no_such_model"}', "cannot be read"), ("odd", '{"model_type": "llama", "num_attention_heads": 0}', "config"),
         ("deep", '{"model_type": "llama", "hidden_size": -4}', "config"),
+        ("heads", '{"model_type": "mistral", "num_attention_heads": 0, "head_dim": 8}', "out_features: found 0"),
+        ("flat", '{"model_type": "llama", "intermediate_size": 0}', "4 bits cannot hold"),
+        ("three", '{"model_type": "llama", "architectures": [3]}', "architectures [3]"),
+        ("text", '{"model_type": "llama", "architectures": {"a": 1}}', "wanted a list of names"),
     ):  # fmt: skip
         Path(name).mkdir()
         Path(name, "config.json").write_text(text)
         refused(nf4lora(name, "--gpu", "24GiB"), reason)
     Path("empty").mkdir()
     refused(nf4lora("empty", "--gpu", "24GiB"), "empty/config.json cannot be read")
+
+
+def test_spaces_between_targets(nf4lora, folder):
+    spaced, plain = (nf4lora(folder, "--gpu", "24GiB", "--json", "--target-modules", names) for names in ("q_proj, v_proj", "q_proj,v_proj"))
+    assert spaced == plain and plain[0] == 0
+
+
+def test_claims_stand_alone(nf4lora, folder):
+    refused(nf4lora("--claims", "--markdown", "--json"), "--claims: found --markdown beside it")
+    refused(nf4lora("--claims", "--seq-len", "3"), "--claims: found --seq-len beside it")
+    refused(nf4lora("--claims", folder, "--gpu", "24GiB"), "found --gpu, MODEL_OR_CONFIG beside it")
 
 
 def test_a_checkpoint_that_is_quantized_already_is_planned_by_its_shapes(nf4lora, folder):
@@ -331,6 +443,11 @@ def test_a_checkpoint_that_is_quantized_already_is_planned_by_its_shapes(nf4lora
 def test_sizes():
     assert card_bytes("24GiB") == card_bytes("rtx 3090") == card_bytes("NVIDIA GeForce RTX 4090") == 24 * GIB
     assert card_bytes("80GB") == 80 * 10**9 and card_bytes("1.5 gib") == 3 * 2**29
+    for name in ("A100-80", "a100-80gb", "A100 80GB", "H100 80GB", "NVIDIA A100-SXM4-80GB", "NVIDIA H100 80GB HBM3", "h100_80g"):
+        assert card_bytes(name) == 80 * GIB, name
+    for name in ("A100-40", "a100-40gb", "NVIDIA A100-PCIE-40GB", "A100 40GiB"):
+        assert card_bytes(name) == 40 * GIB, name
+    assert card_bytes("Tesla T4") == 16 * GIB and card_bytes("NVIDIA RTX A6000") == 48 * GIB
     assert [shown(n) for n in (0, 1000, 2048, 3 * 2**29, 200 * GIB)] == ["0 B", "1,000 B", "2.00 KiB", "1.50 GiB", "200 GiB"]
     with pytest.raises(UserError):
         card_bytes("")

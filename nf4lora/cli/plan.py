@@ -13,6 +13,7 @@ _EXAMPLE = "Example: nf4lora plan ./Llama-3-8B/config.json --gpu 24GiB --seq-len
 
 
 def plan(
+    line: typer.Context,
     model: Annotated[
         str | None,
         typer.Argument(
@@ -67,21 +68,23 @@ def plan(
     Reads no weights and no network, needs no GPU. Exit code 3 when no method fits the card at that length.
     """
     if claims:
-        if model or gpu or png:
-            raise UserError(
-                "--claims: found MODEL_OR_CONFIG, --gpu or --png beside it; it takes --markdown or --json alone"
-            )
+        if beside := _given(line) - {"claims", "json" if json else "markdown"}:
+            named = ("MODEL_OR_CONFIG" if name == "model" else f"--{name.replace('_', '-')}" for name in sorted(beside))
+            raise UserError(f"--claims: found {', '.join(named)} beside it; it takes --markdown or --json alone")
         from .planning import claims as claimed
 
         claimed.show(claimed.check(), "json" if json else "markdown" if markdown else "table")
         return
     if model is None or gpu is None or markdown:
         raise UserError("wanted MODEL_OR_CONFIG and --gpu, or --claims [--markdown]. " + _EXAMPLE)
+    if png and png.suffix.lower() != ".png":
+        raise UserError(f"--png: found {png}, wanted the path of a .png file")
     from .planning.run import Options, planned
 
     options = Options(
         gpu=gpu, batch_size=batch_size, seq_len=seq_len, grad_accum=grad_accum, r=r, dropout=dropout,
-        target_modules=tuple(target_modules.split(",")), optim=optim, gradient_checkpointing=gradient_checkpointing, dtype=dtype,
+        target_modules=tuple(name.strip() for name in target_modules.split(",")), optim=optim,
+        gradient_checkpointing=gradient_checkpointing, dtype=dtype,
         full_weights=full_weights, blocksize=blocksize, double_quant=double_quant, attention=attention, context=context,
         slack=slack, margin=margin, cpu=cpu,
     )  # fmt: skip
@@ -94,6 +97,13 @@ def plan(
         found.show()
     if not found.advice.fit:
         raise typer.Exit(NOTHING_FITS)
+
+
+def _given(line: typer.Context) -> set[str]:
+    """Names of the parameters that this command line gives."""
+    return {
+        name for name in line.params if (source := line.get_parameter_source(name)) and source.name == "COMMANDLINE"
+    }
 
 
 plan.__doc__ = f"{plan.__doc__.rstrip()}\n\n    {_EXAMPLE}\n    "

@@ -4,7 +4,7 @@ from typing import NamedTuple
 
 from .fit import Fit, fit
 from .inventory import Inventory
-from .needs import Choice, need
+from .needs import Choice, need, weights_of
 from .units import CARDS, shown
 
 SEQUENCES = 16  # in an optimizer step: QLoRA's batch for 7B to 13B
@@ -41,14 +41,14 @@ def _candidates(model: Inventory, asked: Choice) -> list[Choice]:
     first = asked.with_(
         batch_size=1, r=r, target_modules=("all-linear",), optim="paged_adamw_8bit", gradient_checkpointing=False
     )
-    adaptive = first.with_(method="adalora", r=12)
+    adaptive = [first.with_(method="adalora", r=12)] if model.is_encoder else []
     lora, qlora = first.with_(method="lora"), first.with_(method="qlora")
-    found = [adaptive, qlora] if model.is_encoder else [lora, qlora]
-    smallest = qlora.with_(gradient_checkpointing=True)
-    return [*found, smallest, smallest.with_(r=min(r, 8))]
+    again = [choice.with_(gradient_checkpointing=True) for choice in (lora, qlora)]
+    return [*adaptive, lora, qlora, *again, again[-1].with_(r=min(r, 8))]
 
 
 def _settled(model: Inventory, choice: Choice, room: int) -> Advice:
+    why = _why_method(model, choice, room)
     states = need(model, choice.with_(optim="paged_adamw_32bit")).states.total
     wide = states < SMALL * room
     choice = choice.with_(optim="paged_adamw_32bit" if wide else "paged_adamw_8bit")
@@ -63,15 +63,16 @@ def _settled(model: Inventory, choice: Choice, room: int) -> Advice:
         choice = choice.with_(optim="adamw_torch_fused" if wide else "adamw_8bit")
     choice = choice.with_(batch_size=batch, grad_accum=max(SEQUENCES // batch, 1))
     final = fit(model, choice, room)
-    return Advice(_reasons(model, choice, final, paged, spare, states), final, "")
+    return Advice(_reasons(model, choice, final, paged, spare, states, why), final, "")
 
 
 def _reasons(
-    model: Inventory, choice: Choice, found: Fit, paged: bool, spare: int, states: int
+    model: Inventory, choice: Choice, found: Fit, paged: bool, spare: int, states: int, why: str
 ) -> dict[str, tuple[str, str]]:
+    caveat = f"; a lower bound was counted, without {model.uncounted}: try it" if model.uncounted else ""
     alpha = 32 if choice.method == "adalora" else 2 * choice.r
     values = {
-        "--method": (choice.method, _why_method(model, choice)),
+        "method": (choice.method, why),
         "--r": _rank(model, choice),
         "--alpha": (str(alpha), "of AdaLoRA's own scripts" if choice.method == "adalora" else
                     "twice the rank: a branch scaled by 2 at every rank, so that the rate need not change with it"),
@@ -79,8 +80,8 @@ def _reasons(
         "--lr": _rate(model, choice),
         "--optim": (choice.optim, _why_optim(paged, spare, states, choice)),
         "--gradient-checkpointing": ("yes", "without it not one sequence fits; it costs a second forward, about a third more time")
-        if choice.gradient_checkpointing else ("no", "what a forward keeps has room; to recompute it would cost a third more time"),
-        "--batch-size": (str(choice.batch_size), f"of at most {found.largest_batch} that fit at {choice.seq_len} tokens"),
+        if choice.gradient_checkpointing else ("no", f"what a forward keeps has room; recomputing costs a third more time{caveat}"),
+        "--batch-size": (str(choice.batch_size), f"of at most {found.largest_batch} that fit at {choice.seq_len} tokens{caveat}"),
         "--grad-accum": (str(choice.grad_accum), f"{SEQUENCES} sequences a step, QLoRA's batch for 7B to 13B"),
     }  # fmt: skip
     return values
@@ -89,8 +90,8 @@ def _reasons(
 def _rank(model: Inventory, choice: Choice) -> tuple[str, str]:
     if choice.method == "adalora":
         return (
-            "12, down to 8",
-            "AdaLoRA starts at 1.5 times the average rank it is to keep, and prunes the least important",
+            str(choice.r),
+            "AdaLoRA starts at 1.5 times the average rank it is to keep, which is 8, and prunes the least important",
         )
     if choice.r < rank_for(model):
         return str(
@@ -113,13 +114,23 @@ def _rate(model: Inventory, choice: Choice) -> tuple[str, str]:
     return "2e-4", "QLoRA's rate up to 13B, and that of LoRA's GPT-2 runs"
 
 
-def _why_method(model: Inventory, choice: Choice) -> str:
-    dense = need(model, choice.with_(method="lora")).on_device
+def _why_method(model: Inventory, choice: Choice, room: int) -> str:
+    """choice: as `_candidates` has it, of one sequence."""
     if choice.method == "adalora":
         return "AdaLoRA was shown on encoders, where it beats LoRA of the same budget; its base is in 4 bits here"
     if choice.method == "lora":
         return "the 16-bit base fits, so there is no need to round it; nothing is decoded in a step"
-    return f"a 16-bit base would take {shown(dense)}; in NF4, LoRA on all linears matched 16-bit fine-tuning (QLoRA, tables 2 to 4)"
+    least = choice.with_(method="lora", r=rank_for(model))
+    base = shown(sum(weights_of(model, least).values()))
+    plain, again = (need(model, least.with_(gradient_checkpointing=on)).on_device for on in (False, True))
+    taken = (
+        f"takes {shown(plain)} a sequence and fits only with checkpointing, in {shown(again)}: a third slower; QLoRA's fits without"
+        if again <= room
+        else f"takes {shown(again)} a sequence even with checkpointing"
+    )
+    return (
+        f"LoRA's step on a 16-bit base of {base} {taken}; on NF4 it matched 16-bit fine-tuning (QLoRA, tables 2 to 4)"
+    )
 
 
 def _why_targets(model: Inventory) -> str:
@@ -152,8 +163,12 @@ def _otherwise(model: Inventory, asked: Choice, room: int, margin: float) -> str
     )
     for length in LENGTHS:
         if length < asked.seq_len and need(model, least.with_(seq_len=length)).on_device <= room:
-            return f"QLoRA with checkpointing, rank 8 and batch 1 fits at {length} tokens"
+            caveat = f", if {model.uncounted}, not counted, leave room" if model.uncounted else ""
+            return f"QLoRA with checkpointing, rank 8 and batch 1 fits at {length} tokens{caveat}"
     wanted = need(model, least).on_device
     card = min((size for size in CARDS.values() if size * 2**30 * (1 - margin) >= wanted), default=None)
-    cards = f"; a card of {card} GiB would do" if card else "; no card of the table holds it: use several with FSDP"
-    return f"the least, QLoRA with checkpointing at batch 1, takes {shown(wanted)}{cards}"
+    more = " or more" if model.uncounted else ""
+    cards = (
+        f"; a card of {card} GiB{more} would do" if card else "; no card of the table holds it: use several with FSDP"
+    )
+    return f"the least, QLoRA with checkpointing at batch 1, takes {shown(wanted)}{more}{cards}"

@@ -7,6 +7,7 @@ from typing import Any, NamedTuple
 from torch import nn
 
 from ...nn.experts import NF4Experts
+from .unknown import unknown_in
 
 _LAST = ("o_proj", "out_proj", "c_proj", "o", "wo", "dense", "down_proj", "fc2", "w2", "lin2")
 # Tensors of the width of its input that autograd keeps for an activation; 1 for those that are one kernel.
@@ -61,7 +62,10 @@ class Norm(NamedTuple):
 
 @dataclass(frozen=True)
 class Block:
-    """A layer and how many of its kind there are; `image_tokens`: a sample's, where it reads images and not text."""
+    """A layer and how many of its kind there are.
+
+    image_tokens: a sample's, where it reads images or sound and not text; unknown: names of what the formulas do not count
+    """
 
     kind: str
     count: int
@@ -72,6 +76,7 @@ class Block:
     experts: Experts | None
     dropouts: int
     image_tokens: int | None
+    unknown: tuple[str, ...] = ()
 
     def tokens(self, batch: int, length: int) -> int:
         return batch * (self.image_tokens or length)
@@ -123,8 +128,9 @@ def _read(path: str, layer: nn.Module, config: Any) -> Block:
     experts = next((_experts(m, config) for m in layer.modules() if isinstance(m, NF4Experts)), None)
     image = _image_tokens(path, config)
     return Block(
-        type(layer).__name__, 1, hidden, tuple(attention), tuple(mlps), tuple(norms), experts, len(drops), image
-    )
+        type(layer).__name__, 1, hidden, tuple(attention), tuple(mlps), tuple(norms), experts, len(drops), image,
+        unknown_in(layer, bool(attention)),
+    )  # fmt: skip
 
 
 def _reads(names: list[str], own: dict[str, nn.Linear]) -> Read:
@@ -185,6 +191,8 @@ def _experts(module: NF4Experts, config: Any) -> Experts:
 
 
 def _image_tokens(path: str, config: Any) -> int | None:
+    if "encoder" in path.split(".") and type(frames := getattr(config, "max_source_positions", None)) is int:
+        return frames  # of sound
     vision = getattr(config, "vision_config", None)
     if vision is None or not any(word in path for word in ("vision", "visual")):
         return None

@@ -15,6 +15,8 @@ from .blocks import Block, blocks_of
 from .source import on_meta
 
 CONSTANTS = {"_absmax": "absmax", "_nested_absmax": "nested absmax", "_nested_offset": "offsets"}
+# Of the longest sequence, as configs name it.
+POSITIONS = ("max_position_embeddings", "n_positions", "max_target_positions")
 
 
 class Linear(NamedTuple):
@@ -68,7 +70,18 @@ class Inventory:
     def longest(self) -> int | None:
         """Positions that the model takes, where its config says so."""
         text = self.config.get_text_config()
-        return getattr(text, "max_position_embeddings", None) or getattr(text, "n_positions", None)
+        found = (getattr(text, name, None) for name in POSITIONS)
+        return next((n for n in found if type(n) is int and n > 0), None)
+
+    @property
+    def uncounted(self) -> str:
+        """Names of what keeps activations that no formula counts; empty where all is counted."""
+        if not self.blocks:
+            return f"all layers of {self.name} (none is of a kind that transformers checkpoints)"
+        found: dict[str, dict[str, None]] = {}
+        for block in self.blocks:
+            found.setdefault(block.kind, {}).update(dict.fromkeys(block.unknown))
+        return "; ".join(f"{', '.join(names)} in {kind}" for kind, names in found.items() if names)
 
     @property
     def is_encoder(self) -> bool:
@@ -92,14 +105,23 @@ def means(name: str, path: str) -> bool:
 
 
 def take(config: Any, blocksize: int = 64, double_quant: bool = True) -> Inventory:
-    """Count the model of a config. Its 4-bit layers are constructed on the meta device, by the quantizer that loads models."""
+    """Count the model of a config. Its 4-bit layers are constructed on the meta device, by the quantizer that loads models.
+
+    Raises: UserError for a config that makes no model, or linears that 4 bits cannot hold, such as one without outputs.
+    """
     from ...hf.config import NF4Config
     from ...hf.quantizer import NF4Quantizer
 
     model = on_meta(config, torch.bfloat16)
     sizes = tuple(p.numel() for p in model.parameters())
     quantizer = NF4Quantizer(NF4Config(blocksize=blocksize, double_quant=double_quant), pre_quantized=True)
-    quantizer.preprocess_model(model)
+    try:
+        quantizer.preprocess_model(model)
+    except ValueError as error:
+        name = type(model).__name__
+        raise UserError(
+            f"MODEL_OR_CONFIG: its {name} has a linear that 4 bits cannot hold ({error}); wanted the config of a model that loads"
+        ) from error
     packed, constants, quantized, stacked = 0, dict.fromkeys(CONSTANTS.values(), 0), 0, 0
     held = set()
     for module in model.modules():

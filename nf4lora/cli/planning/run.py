@@ -102,9 +102,13 @@ class Planned:
 
     def draw(self, path: Path) -> None:
         """Raises: UserError where no PNG can be written."""
+        lower = ", a lower bound" if self.model.uncounted else ""
         try:
             show.chart(
-                self.needs, self.card, path, f"{self.model.name}, {self.model.total / 1e9:.2f}B parameters: one step"
+                self.needs,
+                self.card,
+                path,
+                f"{self.model.name}, {self.model.total / 1e9:.2f}B parameters: one step{lower}",
             )
         except (OSError, ValueError) as error:
             raise UserError(f"--png: {path} cannot be written ({error}); wanted the path of a .png file") from error
@@ -146,7 +150,14 @@ def _assumed(model: Inventory, asked: Choice, options: Options, card: int) -> di
     if any(block.experts for block in model.blocks):
         found["tokens of experts"] = "spread by the router, whatever the balance"
     if any(block.image_tokens for block in model.blocks):
-        found["images"] = "one a sequence, its tokens counted in the length"
-    if not model.blocks:
-        found["activations"] = "of the layers unknown and not counted: none is of a kind that transformers checkpoints"
+        one = "clips of sound" if hasattr(model.config, "max_source_positions") else "images"
+        found[one] = (
+            "one a sequence, its tokens counted in the length"
+            if one == "images"
+            else "one a sequence, as long as it takes"
+        )
+    if model.uncounted:
+        found["activations"] = (
+            f"a lower bound: those of {model.uncounted} are not counted, nor states that they keep to generate"
+        )
     return found

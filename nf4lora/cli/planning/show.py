@@ -31,7 +31,7 @@ def as_json(
             {
                 "method": f.choice.method, "gradient_checkpointing": f.choice.gradient_checkpointing, "total": f.total,
                 "on_device": f.on_device, "fits": f.fits, "pages": f.pages, "largest_batch": f.largest_batch,
-                "largest_length": f.largest_length,
+                "largest_length": f.largest_length, "lower_bound": bool(model.uncounted),
             } for f in fits
         ],
         "inference": generation,
@@ -49,8 +49,9 @@ def tables(
 
     console = wide_console()
     title = f"{model.name}: {model.total:,} parameters, {model.quantized:,} of them in linears that 4 bits can hold"
+    lower = f"\na lower bound: activations of {model.uncounted} are not counted" if model.uncounted else ""
     table = Table(
-        title=f"{title}\nbytes of one step: batch {assumed['batch size']}, {assumed['tokens a sequence']} tokens"
+        title=f"{title}\nbytes of one step: batch {assumed['batch size']}, {assumed['tokens a sequence']} tokens{lower}"
     )
     table.add_column("")
     for method in needs:
@@ -65,9 +66,8 @@ def tables(
     other = "without" if assumed["checkpointing"] == "on" else "with"
     table.add_row(f"activations {other} checkpointing", *(shown(turned[method]) for method in needs))
     console.print(table)
-    table = Table(
-        "method", "checkpointing", title=f"what fits {assumed['card']}, {assumed['left free']} of it left free"
-    )
+    title = f"what fits {assumed['card']}, {assumed['left free']} of it left free{lower}"
+    table = Table("method", "checkpointing", title=title)
     for column in (
         "needed on the card",
         "fits",
@@ -76,12 +76,13 @@ def tables(
     ):
         table.add_column(column, justify="right")
     for f in fits:
-        fitting = "paged" if f.pages else "yes" if f.fits else "no"
-        length = (
-            f"{f.largest_length:,}{' (all it takes)' if f.largest_length and f.largest_length == model.longest else ''}"
-        )
+        fitting = ("perhaps" if lower else "yes") if f.fits else "no"
+        fitting = ("perhaps, paged" if lower else "paged") if f.pages else fitting
+        most, least = ("≤ ", "≥ ") if lower else ("", "")
+        whole = " (all it takes)" if f.largest_length and f.largest_length == model.longest else ""
         on = "on" if f.choice.gradient_checkpointing else "off"
-        table.add_row(NAMES[f.choice.method], on, shown(f.on_device), fitting, f"{f.largest_batch:,}", length)
+        batch, length = f"{most}{f.largest_batch:,}", f"{most}{f.largest_length:,}{whole}"
+        table.add_row(NAMES[f.choice.method], on, f"{least}{shown(f.on_device)}", fitting, batch, length)
     console.print(table)
     parts = ", ".join(f"{name} {shown(size)}" for name, size in generation.items())
     console.print(f"To generate at that batch and length: {shown(sum(generation.values()))} ({parts})", highlight=False)

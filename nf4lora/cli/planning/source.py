@@ -14,13 +14,14 @@ from ..settings import UserError
 _HEADS = {
     "ForCausalLM": ("AutoModelForCausalLM",),
     "LMHeadModel": ("AutoModelForCausalLM",),
-    "ForConditionalGeneration": ("AutoModelForSeq2SeqLM", "AutoModelForImageTextToText"),
+    "ForConditionalGeneration": ("AutoModelForSeq2SeqLM", "AutoModelForImageTextToText", "AutoModelForSpeechSeq2Seq"),
     "ForMaskedLM": ("AutoModelForMaskedLM",),
     "ForSequenceClassification": ("AutoModelForSequenceClassification",),
     "ForTokenClassification": ("AutoModelForTokenClassification",),
     "ForQuestionAnswering": ("AutoModelForQuestionAnswering",),
 }
 _ANY = (
+    "AutoModelForSpeechSeq2Seq",
     "AutoModelForCausalLM",
     "AutoModelForSeq2SeqLM",
     "AutoModelForImageTextToText",
@@ -62,6 +63,11 @@ def read_config(named: str) -> Any:
         raise UserError(
             f"MODEL_OR_CONFIG: {named} cannot be read ({_first_line(error)}); wanted a config of transformers"
         ) from error
+    found = getattr(config, "architectures", None) or []
+    if not isinstance(found, list) or not all(isinstance(name, str) for name in found):
+        raise UserError(
+            f"MODEL_OR_CONFIG: {named} has architectures {found!r}; wanted a list of names of classes, or none"
+        )
     if hasattr(config, "quantization_config"):
         del config.quantization_config  # the plan is of its shapes, whatever format they were saved in
     return config

@@ -22,13 +22,16 @@ CARDS = {
     "T4": 16, "V100": 32, "RTX2080TI": 11, "RTX3060": 12, "RTX3090": 24, "RTX4060": 8, "RTX4080": 16, "RTX4090": 24, "RTX5090": 32,
     "A10": 24, "L4": 24, "L40S": 48, "A6000": 48, "A100-40": 40, "A100": 80, "H100": 80, "H200": 141, "B200": 180,
 }  # fmt: skip
+_BY_NAME = {name.replace("-", ""): size for name, size in CARDS.items()}
+_AROUND = r"^(NVIDIA)?(GEFORCE|TESLA|RTX(?=A))?|SXM\d?|PCIE|HBM\d?E?$"
 
 
 def card_bytes(text: str) -> int:
-    """Of "24GiB", "80GB", "RTX4090". Raises: UserError naming --gpu."""
-    name = re.sub(r"[\s_]", "", text.upper()).removeprefix("NVIDIA").removeprefix("GEFORCE")
-    if name in CARDS:
-        return CARDS[name] * 2**30
+    """Of "24GiB", "80GB", "RTX4090", "H100 80GB", or as nvidia-smi names a card. Raises: UserError naming --gpu."""
+    name = re.sub(r"(?<=\d)GI?B?$", "", re.sub(_AROUND, "", re.sub(r"[\s_-]", "", text.upper())))
+    for known, size in _BY_NAME.items():
+        if name in (known, f"{known}{size}"):
+            return size * 2**30
     return parse_bytes(text, "--gpu", f"a size such as 24GiB or 80GB, or one of {', '.join(CARDS)}")
 
 
