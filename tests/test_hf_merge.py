@@ -359,24 +359,43 @@ def test_a_merged_model_copies_saves_and_moves_without_the_packed_base(tmp_path)
     assert logits(again).equal(wanted)
 
 
-@pytest.mark.parametrize("name", ["LoRA", "IA3", "OFT", "DoRA"])
+@pytest.mark.parametrize("name", ["LoRA", "IA3", "OFT", "DoRA", "head"])
 def test_nan_is_found_and_leaves_the_base_alone(name):
-    ways = [
-        lambda m: m.merge_adapter(safe_merge=True),
-        lambda m: merge_and_unload(m, safe_merge=True),
-        lambda m: merge_in_4bit_(m, safe_merge=True),
-    ]
-    for i, way in enumerate(ways):
-        model = learned(TUNERS[name])
-        first = next(p for n, p in model.named_parameters() if "layers.1" in n and p.requires_grad)
+    ways = {
+        lambda m: m.merge_adapter(safe_merge=True): "NaNs detected",
+        lambda m: merge_and_unload(m, safe_merge=True): "{}: found NaN or Inf in the merged weights",
+        lambda m: merge_in_4bit_(m): "{}: found NaN or Inf in the merged weights",
+    }
+    config = TUNERS[name] if name != "head" else LoraConfig(target_modules=["q_proj", "lm_head"])
+    broken = "lm_head" if name == "head" else "layers.1.self_attn.q_proj"
+    for i, (way, message) in enumerate(ways.items()):
+        model = learned(config, base(torch.bfloat16))
+        first = next(p for n, p in model.named_parameters() if f"{broken}." in n and p.requires_grad)
         first.data.fill_(float("nan"))
-        packed = integers(model)
-        with pytest.raises(ValueError, match="NaNs detected"):
+        before = {n: p.clone() for n, p in model.named_parameters()}
+        with pytest.raises(ValueError, match=message.format(broken)):
             way(model)
         if i == 0:  # peft's own stops where it was; the layers before are merged
             model.unmerge_adapter()
-        after = integers(model)
-        assert after.keys() == packed.keys() and all(p.equal(packed[n]) for n, p in after.items())
+        after = dict(model.named_parameters())
+        assert after.keys() == before.keys()
+        for n, p in after.items():
+            assert p.dtype == before[n].dtype and torch.equal(p.nan_to_num(1e9), before[n].nan_to_num(1e9)), n
+
+
+def test_what_was_merged_before_is_checked_too_and_so_is_the_dtype():
+    model = learned(LoraConfig(**LORA))
+    layer = model.base_model.model.model.layers[1].mlp.down_proj
+    layer.lora_B["default"].weight.data.fill_(3e5)
+    with pytest.raises(ValueError, match="layers.1.mlp.down_proj: found NaN or Inf"):
+        merge_and_unload(model, torch.float16, safe_merge=True)  # more than float16 holds
+    layer.lora_B["default"].weight.data.fill_(float("nan"))
+    model.merge_adapter()
+    with pytest.raises(ValueError, match="layers.1.mlp.down_proj: found NaN or Inf"):
+        merge_and_unload(model, safe_merge=True)
+    layer.lora_B["default"].weight.data.zero_()
+    model.unmerge_adapter()
+    assert merge_and_unload(model, torch.float16, safe_merge=True).dtype == torch.float16
 
 
 # -- back into 4 bits
@@ -444,11 +463,205 @@ def test_what_cannot_be_merged_is_refused():
     assert logits(model).isfinite().all()
 
 
-def test_dense_models_merge_as_peft_does():
+@pytest.mark.parametrize("ask", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("saved", [torch.bfloat16, torch.float32])
+def test_a_dense_base_is_rounded_once_to_the_dtype_asked_for(ask, saved):
+    config = LoraConfig(target_modules=["q_proj", "lm_head"], r=4)
+    model = learned(config, tiny.llama(dtype=saved))
+    expected = {
+        name: m.base_layer.weight.float() + m.get_delta_weight("default")
+        for name, m in model.base_model.model.named_modules()
+        if isinstance(m, BaseTunerLayer)
+    }
+    merged = merge_and_unload(model, ask, safe_merge=True)
+    assert len(expected) == 3 and merged.config.dtype == ask and {p.dtype for p in merged.parameters()} == {ask}
+    for name, weight in expected.items():
+        assert merged.get_submodule(name).weight.equal(weight.to(ask)), name
+
+
+def test_a_head_in_16_bits_beside_4_is_rounded_once_too():
+    for ask in (None, torch.float16):
+        model = learned(LoraConfig(target_modules=["q_proj", "lm_head"], r=4), base(torch.bfloat16))
+        head = model.base_model.model.lm_head
+        wanted = (head.base_layer.weight.float() + head.get_delta_weight("default")).to(ask or torch.bfloat16)
+        merged = model.merge_and_unload() if ask is None else merge_and_unload(model, ask)
+        assert merged.lm_head.weight.equal(wanted)
+
+
+def test_a_dense_base_stays_whole_on_an_error():
+    model = learned(LoraConfig(**LORA), tiny.llama())
+    before = {n: p.clone() for n, p in model.named_parameters()}
+    model.base_model.model.model.layers[1].mlp.down_proj.lora_B["default"].weight.data[0] = float("inf")
+    with pytest.raises(ValueError, match="layers.1.mlp.down_proj: found NaN or Inf in the merged weights; nothing was"):
+        merge_and_unload(model, safe_merge=True)
+    for n, p in model.named_parameters():
+        assert p.dtype == before[n].dtype and (p.equal(before[n]) or "layers.1.mlp.down_proj.lora_B" in n)
+
+
+def test_a_dense_base_is_checked_in_the_dtype_asked_for():
+    def large():
+        model = learned(LoraConfig(**LORA), tiny.llama(dtype=torch.float16))
+        model.base_model.model.model.layers[1].mlp.down_proj.lora_B["default"].weight.data.fill_(3e5)
+        return model
+
+    with pytest.raises(ValueError, match="layers.1.mlp.down_proj: found NaN or Inf"):
+        merge_and_unload(large(), torch.float16, safe_merge=True)
+    merged = merge_and_unload(large(), torch.bfloat16, safe_merge=True)  # which holds what float16 does not
+    weight = merged.model.layers[1].mlp.down_proj.weight
+    assert weight.isfinite().all() and weight.abs().max() > torch.finfo(torch.float16).max
+
+
+def test_an_error_in_the_middle_leaves_a_dense_base_in_its_dtype(monkeypatch):
+    model = learned(LoraConfig(**LORA), tiny.llama())
+    before = {n: p.clone() for n, p in model.named_parameters()}
+    first = model.base_model.model.model.layers[0].self_attn.q_proj
+    monkeypatch.setattr(first, "get_delta_weight", lambda adapter: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        merge_and_unload(model)
+    for n, p in model.named_parameters():
+        assert p.dtype == before[n].dtype and p.equal(before[n]), n
+
+
+def test_peft_itself_merges_dense_models_as_without_us():
     ours, theirs = (learned(LoraConfig(**LORA), tiny.llama()) for _ in range(2))
-    wanted = merge_and_unload(ours)
+    wanted = ours.merge_and_unload()
     peft_dispatch.uninstall()
     try:
-        assert logits(theirs.merge_and_unload()).equal(logits(wanted))
+        theirs = theirs.merge_and_unload()
     finally:
         peft_dispatch.install()
+    assert all(p.equal(q) for p, q in zip(wanted.parameters(), theirs.parameters(), strict=True))
+
+
+@pytest.mark.parametrize("kind", ["Linear4bit", "Linear8bitLt"])
+def test_bases_that_others_quantized_are_refused(kind):
+    import bitsandbytes
+
+    model = tiny.llama()
+    for layer in model.model.layers:
+        dense, options = layer.self_attn.q_proj, {"quant_type": "nf4"} if kind == "Linear4bit" else {"has_fp16_weights": False}
+        layer.self_attn.q_proj = getattr(bitsandbytes.nn, kind)(64, 64, bias=False, **options)
+        layer.self_attn.q_proj.load_state_dict(dense.state_dict())
+        layer.self_attn.q_proj.to("cpu")
+    if kind == "Linear8bitLt":
+        model.is_loaded_in_8bit = True
+        model.hf_quantizer = None
+    model = get_peft_model(model, LoraConfig(target_modules=["q_proj"]))
+    before = {n: p.clone() for n, p in model.named_parameters()}
+    message = {
+        "Linear4bit": r"layers.0.self_attn.q_proj.*: found 4 bits of bitsandbytes.*nf4lora.hf.from_bitsandbytes_\(base\)",
+        "Linear8bitLt": "found a base quantized by .*q_proj.*peft_model.merge_and_unload",
+    }[kind]
+    for merge in (merge_and_unload, merge_in_4bit_):
+        with pytest.raises(ValueError, match=message):
+            merge(model)
+    assert all(p.equal(before[n]) for n, p in model.named_parameters())
+
+
+def test_offloaded_weights_are_not_merged():
+    model = get_peft_model(tiny.llama(), LoraConfig(**LORA))
+    model.base_model.model.model.layers[1].mlp.up_proj.to("meta")
+    with pytest.raises(ValueError, match="layers.1.mlp.up_proj.weight: found it offloaded"):
+        merge_and_unload(model)
+
+
+# -- what was merged before
+
+
+@pytest.mark.parametrize("name", [name for name in TUNERS if name != "LN tuning"])
+def test_what_was_merged_before_is_merged_anew_and_rounded_once(name):
+    model, twin = (learned(TUNERS[name], base(torch.bfloat16)) for _ in range(2))
+    model.merge_adapter()
+    merged, wanted = merge_and_unload(model, torch.float32), merge_and_unload(twin, torch.float32)
+    for (n, p), q in zip(merged.named_parameters(), wanted.parameters(), strict=True):
+        assert p.equal(q), n
+
+
+def two(config, model=None):
+    model = learned(config, base(torch.bfloat16) if model is None else model)
+    model.add_adapter("b", copy.deepcopy(config))
+    torch.manual_seed(1)
+    for p in [p for n, p in model.named_parameters() if ".b." in n]:
+        p.data.add_(torch.randn_like(p) * 0.03)
+    model.base_model.set_adapter(["default", "b"])
+    return model
+
+
+def test_adapters_merged_one_after_the_other_are_rounded_once():
+    one, other, third = (two(LoraConfig(**LORA)) for _ in range(3))
+    one.merge_adapter()
+    other.merge_adapter(adapter_names=["default"])
+    other.merge_adapter(adapter_names=["b"])
+    third.merge_adapter(adapter_names=["default"])
+    third = merge_and_unload(third, adapter_names=["b"])
+    for n, m in one.base_model.model.named_modules():
+        if isinstance(m, DecodedLinear):
+            n = n.removesuffix(".base_layer")
+            assert other.base_model.model.get_submodule(n).base_layer.weight.equal(m.weight)
+            assert third.get_submodule(n).weight.equal(m.weight)
+    wanted = logits(two(LoraConfig(**LORA)))
+    other.unmerge_adapter()
+    assert logits(other).equal(wanted)
+
+
+def test_a_trial_adds_nothing_to_what_is_merged():
+    for make in (base, lambda dtype: tiny.llama(dtype=dtype)):
+        one, other = (two(LoraConfig(**LORA), make(torch.bfloat16)) for _ in range(2))
+        for model in (one, other):
+            model.merge_adapter(adapter_names=["default"])
+        wanted = merge_and_unload(one, torch.float32, adapter_names=["b"])
+        merged = merge_and_unload(other, torch.float32, adapter_names=["b"], safe_merge=True)
+        assert all(p.equal(q) for p, q in zip(merged.parameters(), wanted.parameters(), strict=True))
+
+
+def test_an_adapter_deleted_after_it_was_merged_stays_merged():
+    model = two(LoraConfig(**LORA))
+    model.base_model.set_adapter("default")
+    model.merge_adapter()
+    wanted = logits(model)
+    for layer in [m for m in model.modules() if isinstance(m, BaseTunerLayer)]:  # the model's own refuses to in newer peft
+        layer.delete_adapter("default")
+    assert error(logits(model.merge_and_unload(adapter_names=["default"])), wanted) < 1e-2
+
+
+def test_two_kinds_of_adapters_are_rounded_once():
+    def mixed(dtype):
+        torch.manual_seed(0)
+        model = get_peft_model(base(torch.bfloat16), LoraConfig(**LORA), mixed=True)
+        model.add_adapter("turned", OFTConfig(target_modules=["q_proj"], r=0, oft_block_size=16))
+        for name, p in model.named_parameters():
+            if "lora_" in name or "oft_" in name:
+                p.data.add_(torch.randn_like(p) * 0.03)
+        model.set_adapter(["default", "turned"])
+        return merge_and_unload(model.eval(), dtype)
+
+    for p, q in zip(mixed(torch.bfloat16).parameters(), mixed(torch.float32).parameters(), strict=True):
+        assert p.equal(q.to(torch.bfloat16))
+
+
+def test_merging_in_4_bits_refuses_what_is_merged_already():
+    for config in (LoraConfig(**LORA), TUNERS["LoRA"]):  # some layers, and all
+        model = learned(config)
+        wanted, packed = logits(model), integers(model)
+        model.merge_adapter()
+        with pytest.raises(ValueError, match=r"q_proj: found \['default'\] merged already; call unmerge_adapter\(\) first"):
+            merge_in_4bit_(model)
+        model.unmerge_adapter()
+        assert logits(model).equal(wanted) and all(p.equal(packed[n]) for n, p in integers(model).items())
+        merge_in_4bit_(model)
+
+
+@pytest.mark.parametrize("targets", [["q_proj"], "all-linear"])
+def test_what_is_unloaded_after_a_merge_is_saved_as_what_it_is(tmp_path, targets):
+    tiny.llama().save_pretrained(tmp_path / "base")
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "base", quantization_config=NF4Config())
+    model = learned(LoraConfig(target_modules=targets), model)
+    model.merge_adapter()
+    unloaded = model.unload()
+    wanted, packed = logits(unloaded), integers(unloaded)
+    unloaded.save_pretrained(tmp_path / "half")
+    again = AutoModelForCausalLM.from_pretrained(tmp_path / "half")
+    assert logits(again).equal(wanted) and integers(again).keys() == packed.keys()
+    found = {n: type(m) for n, m in again.named_modules() if isinstance(m, nn.Linear)}
+    assert found == {n: type(m) for n, m in unloaded.named_modules() if isinstance(m, nn.Linear)}
+    assert bool(packed) == (targets == ["q_proj"]) == hasattr(again.config, "quantization_config")

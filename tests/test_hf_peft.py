@@ -600,6 +600,9 @@ REFUSED = {
         base, {"init_lora_weights": "pissa_niter_4"},
         "'pissa_niter_4', computed from a weight in 16 bits; nf4lora.hf.quantize_with_start",
     ),
+    "PiSSA": (base, {"init_lora_weights": "PiSSA"}, "'PiSSA', computed from a weight in 16 bits; nf4lora.hf.quantize_with_start"),
+    "OLoRA": (base, {"init_lora_weights": "OLoRA"}, "'OLoRA', computed from a weight in 16 bits; nf4lora.hf.quantize_with_start"),
+    "Corda": (base, {"init_lora_weights": "Corda"}, "init_lora_weights='Corda', which is computed from the weight in floats"),
     "orthogonal": (base, {"init_lora_weights": "orthogonal"}, "init_lora_weights='orthogonal', computed from a weight in 16 bits"),
 }  # fmt: skip
 

@@ -44,10 +44,9 @@ def merge(
     from ..hf import merge_and_unload
 
     wanted = getattr(torch, dtype)
-    # in float32, so that the sum is rounded once
-    model = load(source, quiet=json) if onto == "decoded" else load(source, False, "float32", quiet=json)
+    model = load(source, None if onto == "decoded" else False, quiet=json)
     try:
-        merged = merge_and_unload(PeftModel.from_pretrained(model, adapter), wanted, safe_merge=True).to(wanted)
+        merged = merge_and_unload(PeftModel.from_pretrained(model, adapter), wanted, safe_merge=True)
     except (ValueError, TypeError, RuntimeError, OSError) as error:
         raise UserError(f"ADAPTER: {adapter} does not merge into {source} ({' '.join(str(error).split())[:300]})") from error
     publish(out, source, merged.save_pretrained)

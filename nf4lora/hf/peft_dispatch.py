@@ -69,12 +69,12 @@ def _dispatch(
     if parameter_name is not None:
         raise ValueError(f"target_parameters: found {name} in 4 bits; name the layer in target_modules instead")
     start = f"init_lora_weights={config.init_lora_weights!r}"
-    if start.startswith(_STARTS_WHILE_QUANTIZING):
+    if start.lower().startswith(_STARTS_WHILE_QUANTIZING):
         raise ValueError(
             f"{name}: found {start}, computed from a weight in 16 bits; nf4lora.hf.quantize_with_start does, as it quantizes"
         )
     start = "kasa_config" if getattr(config, "kasa_config", None) else start
-    if start.startswith(_STARTS_OF_FLOATS):
+    if start.lower().startswith(_STARTS_OF_FLOATS):
         raise ValueError(
             f"{name}: found {start}, which is computed from the weight in floats, but it is in 4 bits; leave it out"
         )

@@ -6,20 +6,19 @@ Unmerging puts the packed base back, which nothing has touched.
 
 from collections import Counter
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from contextvars import ContextVar
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
+from peft.tuners.mixed import MixedModel
 from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer
 from torch import nn
 
 from ..nn import NF4Linear
-from . import experts
-from .decoded import DecodedLinear
+from .decoded import DecodedLinear, Requantized, decode_rest, put_plain, requantize_
 from .hooks import Hooks
-from .quantizer import NF4Quantizer
 
 
 @dataclass
@@ -28,16 +27,7 @@ class Merging:
 
     dtype: torch.dtype | None = None
     in_4bit: bool = False
-    requantized: dict[NF4Linear, "Requantized"] = field(default_factory=dict)
-
-
-@dataclass
-class Requantized:
-    """What requantizing made of a merged change: inner products, in float64, of what was wanted and what there is."""
-
-    dot: float
-    wanted: float
-    found: float
+    requantized: dict[NF4Linear, Requantized] = field(default_factory=dict)
 
 
 merging: ContextVar[Merging] = ContextVar("nf4lora_merging", default=Merging())  # noqa: B039 (this one is never changed)
@@ -82,9 +72,11 @@ def _merge(original: Any, layer: BaseTunerLayer, *args: Any, **kwargs: Any) -> A
             )
         holder.base_layer = DecodedLinear(holder.base_layer)
     dense, how = holder.base_layer, merging.get()
-    dense.to_dtype(torch.float32)
     try:
         with _working(dense), _float32(layer):
+            if dense.merged_by and dense.kept and dense.weight.dtype != torch.float32:
+                _merge_anew(dense)
+            dense.to_dtype(torch.float32)
             return original(layer, *args, **kwargs)
     finally:
         if layer.merged_adapters and layer not in dense.merged_by:
@@ -98,6 +90,19 @@ def _merge(original: Any, layer: BaseTunerLayer, *args: Any, **kwargs: Any) -> A
             dense.to_dtype(how.dtype or dense.given_dtype)
             if _for_good.get():
                 dense.kept = ()  # nobody unmerges: free the packed base now, not after the last layer
+
+
+def _merge_anew(dense: DecodedLinear) -> None:
+    """What is merged already, in float32: its sum was rounded."""
+    earlier = [(layer, list(layer.merged_adapters)) for layer in dense.merged_by]
+    if not all(layer._get_available_adapters().issuperset(names) for layer, names in earlier):
+        return  # an adapter was deleted since: it lives on in the sum alone
+    for layer, _ in reversed(earlier):
+        layer.unmerge()
+    dense.reset()
+    for layer, names in earlier:
+        with _float32(layer):
+            layer.merge(adapter_names=names)
 
 
 def _unmerge(original: Any, layer: BaseTunerLayer, *args: Any, **kwargs: Any) -> Any:
@@ -139,32 +144,37 @@ def _float32(layer: nn.Module) -> Iterator[None]:
             p.data = data
 
 
-def requantize_(packed: NF4Linear, merged: nn.Linear) -> Requantized:
-    """Put the merged weight into `packed`, in 4 bits; where nothing was changed no byte is."""
-    before, dtype = packed.dequantize(torch.float32), packed.weight_dtype
-    if merged.bias is not None:
-        packed._freeze("bias", merged.bias.to(packed.bias.dtype))
-    if not (wanted := merged.weight.double() - before).any():
-        return Requantized(0.0, 0.0, 0.0)
-    packed.quantize_(merged.weight)
-    packed.weight_dtype = dtype
-    found = packed.dequantize(torch.float32).double() - before
-    return Requantized(*((a * b).sum().item() for a, b in ((wanted, found), (wanted, wanted), (found, found))))
-
-
 def _unload(original: Any, tuner: BaseTuner, merge: bool = True, *args: Any, **kwargs: Any) -> Any:
     dtypes = Counter(dtype for m in tuner.model.modules() if (dtype := _given_dtype(m)) is not None)
-    how, token = merging.get(), _for_good.set(merge)
+    how, dtype = merging.get(), None
+    if merge and not how.in_4bit:
+        dtype = how.dtype or (dtypes.most_common(1)[0][0] if dtypes else None)
+    # of adapters on top of each other the second to be merged has the first merged anew
+    token = _for_good.set(merge and not isinstance(tuner, MixedModel))
     try:
-        model = original(tuner, merge, *args, **kwargs)
+        with _dense_in_float32(tuner) if dtype else nullcontext():
+            model = original(tuner, merge, *args, **kwargs)
     finally:
         _for_good.reset(token)
-    if dtypes and not how.in_4bit:
-        for name, layer in [(name, m) for name, m in model.named_modules() if isinstance(m, DecodedLinear)]:
-            model.set_submodule(name, layer.plain())
-        if merge:
-            _decode_rest(model, how.dtype or dtypes.most_common(1)[0][0])
+    put_plain(model)
+    if dtype is not None:
+        decode_rest(model, dtype)
     return model
+
+
+@contextmanager
+def _dense_in_float32(tuner: BaseTuner) -> Iterator[None]:
+    """Adapted layers that are not in 4 bits, and their adapters, in float32 while they are merged."""
+    layers = [m for m in tuner.model.modules() if isinstance(m, BaseTunerLayer) and _holder(m) is None]
+    given = [(p, p.dtype) for m in layers for p in m.parameters() if p.dtype in (torch.bfloat16, torch.float16)]
+    for p, _ in given:
+        p.data = p.data.float()
+    try:
+        yield
+    except BaseException:
+        for p, dtype in given:
+            p.data = p.data.to(dtype)
+        raise
 
 
 def _given_dtype(module: nn.Module) -> torch.dtype | None:
@@ -172,21 +182,3 @@ def _given_dtype(module: nn.Module) -> torch.dtype | None:
     if isinstance(module, DecodedLinear):
         return module.given_dtype
     return module.weight_dtype if isinstance(module, NF4Linear) else None
-
-
-@torch.no_grad()
-def _decode_rest(model: nn.Module, dtype: torch.dtype) -> None:
-    """Nothing in 4 bits any more, parameters of one dtype, and no word of quantization in the configuration."""
-    for name, layer in [(name, m) for name, m in model.named_modules() if isinstance(m, NF4Linear)]:
-        dense = DecodedLinear(layer)
-        dense.to_dtype(dtype)  # one layer at a time in float32
-        model.set_submodule(name, dense.plain())
-    experts.dequantize_experts(model, dtype)
-    kept = model._get_dtype_plan(dtype) if hasattr(model, "_get_dtype_plan") else {}
-    for name, p in model.named_parameters():
-        if p.is_floating_point() and not any(f".{key}." in f".{name}." for key in kept):
-            p.data = p.data.to(dtype)  # buffers stay: rotary frequencies are float32 in models of any dtype
-    if isinstance(quantizer := getattr(model, "hf_quantizer", None), NF4Quantizer):
-        quantizer.remove_quantization_config(model)
-    if hasattr(getattr(model, "config", None), "dtype"):
-        model.config.dtype = dtype
