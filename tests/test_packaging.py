@@ -78,7 +78,7 @@ def test_wheel_holds_the_package_and_nothing_beside_it(wheel):
 PROBE = """
 import torch, nf4lora, nf4lora.triton_kernels
 from nf4lora import native
-assert native.host.load()[1] is None, native.library()[1]
+assert native.host.load()[1] is None, native.host.load()[1]
 layer = nf4lora.NF4LoRALinear(64, 32, r=4)
 layer(torch.randn(3, 64)).sum().backward()
 assert layer.lora_B.grad.shape == (32, 4)
