@@ -81,7 +81,7 @@ class BuildLibrary(build_ext):
         objects = [f"{self.build_temp}/{name}.o" for name in jobs]
         for target, (source, extra) in zip(objects, jobs.values()):
             self.spawn([*cxx, *flags, *extra, "-c", source, "-o", target])
-        self.spawn([*cxx, "-shared", *flags, *objects, "-Wl,-z,relro,-z,now", "-o", out])
+        self.spawn([*cxx, "-shared", *flags, *objects, "-Wl,-z,relro,-z,now", "-lstdc++", "-o", out])  # CXX may be gcc
 
 
 class Wheel(bdist_wheel):

@@ -113,7 +113,9 @@ def test_editable_install_runs_from_the_tree(tree, tmp_path):
     for entry in Path(sysconfig.get_path("purelib")).iterdir():
         if not entry.name.startswith(("nf4lora", "__editable__", "__pycache__")) and not Path(site, entry.name).exists():
             Path(site, entry.name).symlink_to(entry)
-    checked(python, "-m", "pip", "install", "--no-deps", "--no-build-isolation", "-e", tree, cwd=tmp_path, **NO_CUDA)
+    # The C compiler does too: importing peft's BOFT sets CXX to it.
+    cxx = {"CXX": "gcc"} if shutil.which("gcc") else {}
+    checked(python, "-m", "pip", "install", "--no-deps", "--no-build-isolation", "-e", tree, cwd=tmp_path, **NO_CUDA, **cxx)
     out = checked(python, "-c", PROBE, cwd=tmp_path)
     assert out.startswith(f"ok {tree}")
 
