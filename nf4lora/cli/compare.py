@@ -67,8 +67,10 @@ def _weights(model: str | None, most: int, quiet: bool) -> list[tuple[str, Any]]
     }
     if not linears:
         raise UserError(f"MODEL: {model} has no linear in 16 bits to compare")
-    first = {tuple(weight.shape): name for name, weight in reversed(linears.items())}
-    chosen = dict.fromkeys((*reversed(first.values()), *linears))
+    first: dict[tuple[int, ...], str] = {}
+    for name, weight in linears.items():
+        first.setdefault(tuple(weight.shape), name)
+    chosen = dict.fromkeys((*first.values(), *linears))
     return [(name, linears[name]) for name in list(chosen)[:most]]
 
 
