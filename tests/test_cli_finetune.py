@@ -1,5 +1,6 @@
 """`nf4lora finetune --model --data`: a real tokenizer and a saved model, resuming bit for bit, kills and Ctrl-C."""
 
+import csv
 import json
 import math
 import os
@@ -11,11 +12,12 @@ import time
 from pathlib import Path
 
 import pytest
+import tiny
 import torch
 from peft import PeftModel
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
-from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
+import nf4lora
 from nf4lora.cli import app, train
 from nf4lora.cli.settings import OPTIMS, RunFailed, Settings
 from nf4lora.cli.state import STATE
@@ -38,14 +40,7 @@ TEXT = "".join(
 def model(tmp_path_factory) -> Path:
     """A folder with a byte-level BPE tokenizer trained here, and a bfloat16 Llama of its vocabulary."""
     path = tmp_path_factory.mktemp("model")
-    tokenizer = Tokenizer(models.BPE())
-    tokenizer.pre_tokenizer, tokenizer.decoder = pre_tokenizers.ByteLevel(), decoders.ByteLevel()
-    alphabet = pre_tokenizers.ByteLevel.alphabet()
-    trainer = trainers.BpeTrainer(
-        vocab_size=320, special_tokens=["<eos>"], initial_alphabet=alphabet, show_progress=False
-    )
-    tokenizer.train_from_iterator([TEXT], trainer)
-    fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="<eos>")
+    fast = tiny.tokenizer(TEXT)
     fast.chat_template = CHAT
     fast.save_pretrained(path)
     torch.manual_seed(0)
@@ -112,7 +107,10 @@ def test_a_run_from_a_model_folder_and_a_real_tokenizer(model, data, tmp_path, f
 
 
 # With rank 64 the adapters' states have 8 bits.
-@pytest.mark.parametrize("flags", [("--r", "64"), ("--gradient-checkpointing",), ("--optim", "adamw_torch_fused")])
+@pytest.mark.parametrize("flags", [
+    ("--r", "64"), ("--gradient-checkpointing",), ("--optim", "adamw_torch_fused"), ("--method", "lora"),
+    ("--method", "adalora", "--tinit", "1", "--tfinal", "2"),
+])  # fmt: skip
 def test_row28_killed_and_resumed_gives_equal_bits(model, data, tmp_path, finetune, flags):
     whole = finetune(model, data, tmp_path / "whole", *flags)
     dies = (
@@ -130,6 +128,95 @@ def test_row28_killed_and_resumed_gives_equal_bits(model, data, tmp_path, finetu
     assert read(tmp_path / "whole" / "adapter") == read(tmp_path / "out" / "adapter")
     again = finetune(model, data, tmp_path / "out", "--resume", *flags)
     assert again["losses"] == whole["losses"]
+
+
+def test_lora_on_the_16_bit_base(model, data, tmp_path, finetune):
+    result, quantized = (finetune(model, data, tmp_path / method, method=method, max_steps=12) for method in ("lora", "qlora"))
+    assert result["loss_last"] < result["loss_first"] and result["bits_per_quantized_weight"] is None
+    assert result["trainable_parameters"] == quantized["trainable_parameters"]
+    base = LlamaForCausalLM.from_pretrained(model)
+    linears = sum(m.weight.numel() for n, m in base.named_modules() if isinstance(m, torch.nn.Linear) and n != "lm_head")
+    itemsize = getattr(torch, result["compute_dtype"]).itemsize
+    packed = linears * quantized["bits_per_quantized_weight"] / 8
+    assert result["weight_bytes"] - quantized["weight_bytes"] == pytest.approx(itemsize * linears - packed, abs=1)
+    merged = PeftModel.from_pretrained(base, tmp_path / "lora" / "adapter")
+    assert any(p.any() for n, p in merged.named_parameters() if "lora_B" in n)
+
+
+def test_adalora_takes_ranks_away_and_says_so(model, data, tmp_path, finetune):
+    options = {"method": "adalora", "r": 6, "target_r": 4, "tinit": 2, "tfinal": 4, "delta_t": 1, "max_steps": 12, "lr": 2e-2}
+    result = finetune(model, data, tmp_path / "out", **options)
+    config = json.loads((tmp_path / "out" / "adapter" / "adapter_config.json").read_text())
+    assert config["peft_type"] == "ADALORA" and (config["tinit"], config["tfinal"], config["deltaT"], config["total_step"]) == (2, 4, 1, 12)
+    kept = [sum(row) for row in config["rank_pattern"].values()]
+    assert len(kept) == 6 and sum(kept) == 6 * 4 and max(kept) <= 6
+    metrics = [json.loads(line) for line in (tmp_path / "out" / "metrics.jsonl").read_text().splitlines()]
+    budgets = [line["budget"] for line in metrics if line["budget"]]
+    assert metrics[1]["budget"] is None and budgets == sorted(budgets, reverse=True) and budgets[-1] == 24 == metrics[-1]["total_rank"]
+    assert (tmp_path / "out" / "ranks.png").read_bytes().startswith(b"\x89PNG")
+    # the loss without the orthogonality term, which a start of random factors makes larger than one
+    plain = finetune(model, data, tmp_path / "plain", method="qlora", r=6, max_steps=1)
+    assert result["losses"][0] == pytest.approx(plain["losses"][0], abs=0.02)
+    loaded = PeftModel.from_pretrained(nf4lora.from_pretrained(model), tmp_path / "out" / "adapter")
+    assert sum(p.numel() for n, p in loaded.named_parameters() if "lora_E" in n) == 24
+
+
+def test_a_schedule_that_cannot_run_is_refused(model, data, tmp_path, monkeypatch, capsys):
+    found = refusal(monkeypatch, capsys, model, data, tmp_path / "out", method="adalora", tinit=5, tfinal=4)
+    assert "nf4lora: error: --method" in found and "tinit" in found and found.count("\n") == 1
+
+
+def test_a_checkpoint_in_4_bits_is_trained_as_it_is(model, data, tmp_path, finetune, monkeypatch, capsys):
+    on_load = finetune(model, data, tmp_path / "on_load")
+    ready = nf4lora.from_pretrained(model)
+    ready.save_pretrained(tmp_path / "native")
+    nf4lora.hf.save_bitsandbytes(ready, tmp_path / "bnb")
+    for kind in ("native", "bnb"):
+        AutoTokenizer.from_pretrained(model).save_pretrained(tmp_path / kind)
+        found = finetune(tmp_path / kind, data, tmp_path / f"of_{kind}")["losses"]
+        # bitsandbytes' config names a compute dtype, in which peft then draws its adapters
+        assert found == (on_load["losses"] if kind == "native" else pytest.approx(on_load["losses"], abs=1e-3))
+    assert "is quantized already; wanted qlora or adalora" in refusal(
+        monkeypatch, capsys, tmp_path / "native", data, tmp_path / "no", method="lora"
+    )
+
+
+def test_metrics_of_every_step(model, data, tmp_path, finetune):
+    output = tmp_path / "out"
+    result = finetune(model, data, output, max_steps=4)
+    lines = [json.loads(line) for line in (output / "metrics.jsonl").read_text().splitlines()]
+    assert [line["step"] for line in lines] == [1, 2, 3, 4] and [line["loss"] for line in lines] == result["losses"]
+    assert all(line["tokens"] == 2 * 2 * 16 and line["grad_norm"] > 0 and line["seconds"] > 0 for line in lines)
+    assert lines[0]["lr"] == 0 and lines[1]["lr"] == OPTIONS["--lr"] and lines[-1]["tokens_per_s"] == result["tokens_per_s"]
+    with (output / "metrics.csv").open() as file:
+        rows = list(csv.DictReader(file))
+    assert [{name: float(row[name]) for name in lines[0]} for row in rows] == [{n: float(v) for n, v in line.items()} for line in lines]
+    with (output / "metrics.jsonl").open("a") as file:
+        file.write('{"step": 5, "loss": 1}\n{"step": 6, "lo')  # of a run that was killed before its next checkpoint
+    finetune(model, data, output, "--resume", max_steps=4)
+    assert [json.loads(line) for line in (output / "metrics.jsonl").read_text().splitlines()] == lines
+    assert len((output / "metrics.csv").read_text().splitlines()) == 5
+
+
+def test_config_yaml_of_a_run_repeats_it(model, data, tmp_path, finetune, monkeypatch, capsys):
+    first = finetune(model, data, tmp_path / "out", max_steps=3)
+    config = tmp_path / "out" / "config.yaml"
+    monkeypatch.setattr(sys, "argv", ["nf4lora", "finetune", "--config", str(config), "--output", str(tmp_path / "again"), "--json"])
+    with pytest.raises(SystemExit) as end:
+        app.run()
+    assert end.value.code == 0 and json.loads(capsys.readouterr().out)["losses"] == first["losses"]
+
+
+def test_every_token_weighs_the_same_however_batches_are_cut(model, tmp_path, finetune):
+    """Answers of unlike lengths: the mean of means would be another loss."""
+    rows = [{"messages": [{"role": "user", "content": "go"}, {"role": "assistant", "content": "dog " * (1 + 3 * (i % 4))}]} for i in range(16)]
+    (tmp_path / "rows.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    options = {"max_steps": 3, "seq_len": 48, "dropout": 0, "compute_dtype": "float32"}
+    whole = finetune(model, tmp_path / "rows.jsonl", tmp_path / "whole", batch_size=8, grad_accum=1, **options)
+    parts = finetune(model, tmp_path / "rows.jsonl", tmp_path / "parts", batch_size=2, grad_accum=4, **options)
+    assert whole["losses"] == pytest.approx(parts["losses"], abs=1e-6)
+    answers = finetune(model, tmp_path / "rows.jsonl", tmp_path / "all", batch_size=8, grad_accum=1, loss_on="all", **options)
+    assert abs(answers["losses"][0] - whole["losses"][0]) > 1e-3
 
 
 @pytest.mark.parametrize("name", OPTIMS)
@@ -215,7 +302,8 @@ def test_a_state_of_another_kind_is_refused_in_one_line(model, data, tmp_path, f
 
 def test_text_and_chat_files(model, tmp_path, finetune):
     (tmp_path / "a.txt").write_text(TEXT)
-    (tmp_path / "chat.jsonl").write_text(json.dumps({"messages": [{"role": "user", "content": TEXT}]}) + "\n")
+    turns = [{"role": "user", "content": "Well?"}, {"role": "assistant", "content": TEXT[:200]}]
+    (tmp_path / "chat.jsonl").write_text(json.dumps({"messages": turns}) + "\n")
     text = finetune(model, tmp_path / "a.txt", tmp_path / "text", max_steps=2)
     chat = finetune(model, tmp_path / "chat.jsonl", tmp_path / "chat", max_steps=2)
     assert all(0 < loss < 7 for loss in text["losses"] + chat["losses"]) and text["losses"] != chat["losses"]

@@ -187,7 +187,7 @@ def test_8b(inventories):
     small, usual, large = (planned(inventories["8B"], gpu) for gpu in ("8GiB", "24GiB", "80GiB"))
     assert not any(f.fits for f in usual.fits if f.choice.method == "full") and any(f.fits for f in large.fits if f.choice.method == "full")
     assert not small.advice.fit and "fits at" in small.advice.otherwise
-    assert value(usual, "method") == "qlora" and value(large, "method") == "lora"
+    assert value(usual, "--method") == "qlora" and value(large, "--method") == "lora"
     assert value(large, "--gradient-checkpointing") == "no" and int(value(large, "--batch-size")) > int(value(usual, "--batch-size"))
     assert value(usual, "--r") == "16" and value(usual, "--lr") == "2e-4"
     assert value(planned(inventories["8B"], "24GiB", seq_len=8192), "--gradient-checkpointing") == "yes"
@@ -198,8 +198,8 @@ def test_70b(inventories):
     assert [bool(found.advice.fit) for found in fits.values()] == [False, False, True, True]
     assert "takes" in fits["24GiB"].advice.otherwise and "48 GiB would do" in fits["24GiB"].advice.otherwise
     for gpu in ("48GiB", "80GiB"):
-        assert value(fits[gpu], "method") == "qlora" and value(fits[gpu], "--lr") == "1e-4"
-        assert "even with checkpointing" in fits[gpu].advice.values["method"][1]
+        assert value(fits[gpu], "--method") == "qlora" and value(fits[gpu], "--lr") == "1e-4"
+        assert "even with checkpointing" in fits[gpu].advice.values["--method"][1]
     assert not any(f.fits for f in fits["80GiB"].fits if f.choice.method in ("full", "lora"))
     assert value(fits["48GiB"], "--optim").startswith("paged")
 
@@ -208,7 +208,7 @@ def test_experts(inventories):
     small, usual, large = (planned(inventories["30B-A3B"], gpu) for gpu in ("8GiB", "24GiB", "80GiB"))
     assert not small.advice.fit
     for found in (usual, large):
-        assert value(found, "method") == "qlora" and "3-D stacks" in found.advice.values["--target-modules"][1]
+        assert value(found, "--method") == "qlora" and "3-D stacks" in found.advice.values["--target-modules"][1]
     assert value(usual, "--gradient-checkpointing") == "yes" and value(large, "--gradient-checkpointing") == "no"
     model = inventories["30B-A3B"]
     assert model.stacked / model.total > 0.94 and model.packed * 2 == model.quantized
@@ -216,12 +216,12 @@ def test_experts(inventories):
 
 def test_small_models(inventories):
     for gpu in ("8GiB", "24GiB", "80GiB"):
-        assert value(planned(inventories["gpt2"], gpu), "method") == "lora" and value(planned(inventories["gpt2"], gpu), "--r") == "8"
+        assert value(planned(inventories["gpt2"], gpu), "--method") == "lora" and value(planned(inventories["gpt2"], gpu), "--r") == "8"
         encoder = planned(inventories["roberta"], gpu)
-        assert value(encoder, "method") == "adalora" and value(encoder, "--r") == "12" and "is 8" in encoder.advice.values["--r"][1]
+        assert value(encoder, "--method") == "adalora" and value(encoder, "--r") == "12" and "is 8" in encoder.advice.values["--r"][1]
         assert planned(inventories["1B"], gpu).advice.fit
     plain, again, small = (planned(inventories["1B"], gpu) for gpu in ("24GiB", "8GiB", "6GiB"))
-    assert [value(found, "method") for found in (plain, again, small)] == ["lora", "lora", "qlora"]
+    assert [value(found, "--method") for found in (plain, again, small)] == ["lora", "lora", "qlora"]
     assert [value(found, "--gradient-checkpointing") for found in (plain, again, small)] == ["no", "yes", "yes"]
 
 
@@ -231,15 +231,15 @@ def test_the_reason_for_4_bits_tells_what_16_bits_take(inventories, gpu):
     plain, again = (f for f in found.fits if f.choice.method == "lora")
     assert not plain.fits and again.fits and again.choice.gradient_checkpointing and value(found, "--gradient-checkpointing") == "no"
     base = sum(needs.weights_of(inventories["8B"], plain.choice).values())
-    reason = found.advice.values["method"][1]
+    reason = found.advice.values["--method"][1]
     assert f"16-bit base of {shown(base)} takes {shown(plain.on_device)}" in reason and base == 2 * inventories["8B"].total + inventories["8B"].buffers
-    assert f"fits only with checkpointing, in {shown(again.on_device)}" in reason and value(found, "method") == "qlora"
+    assert f"fits only with checkpointing, in {shown(again.on_device)}" in reason and value(found, "--method") == "qlora"
 
 
 def test_options_that_are_recommended_are_options_of_finetune(inventories, nf4lora_finetune_help):
     for name in ("8B", "roberta"):
-        options = [option for option in planned(inventories[name], "24GiB").advice.values if option != "method"]
-        assert len(options) == 8 and all(f"  {option} " in nf4lora_finetune_help for option in options)
+        options = list(planned(inventories[name], "24GiB").advice.values)
+        assert len(options) == 9 + (value(planned(inventories[name], "24GiB"), "--method") == "adalora") and all(f"  {option} " in nf4lora_finetune_help for option in options)
 
 
 @pytest.mark.parametrize("name", CONFIGS)
@@ -369,7 +369,7 @@ def folder(tmp_path) -> Path:
 def test_the_command(nf4lora, folder):
     code, out, _ = nf4lora(folder, "--gpu", "24GiB", "--png", "plan.png", "--json")
     found = json.loads(out)
-    assert code == 0 and found["advice"]["method"]["value"] == "qlora" and Path("plan.png").read_bytes().startswith(b"\x89PNG")
+    assert code == 0 and found["advice"]["--method"]["value"] == "qlora" and Path("plan.png").read_bytes().startswith(b"\x89PNG")
     qlora = found["methods"]["qlora"]
     assert qlora["total"] == sum(qlora["bytes"].values()) and found["assumptions"]["CUDA context"] == "700 MiB"
     code, out, _ = nf4lora(folder / "config.json", "--gpu", "RTX 4090", "--gradient-checkpointing")

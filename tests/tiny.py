@@ -7,7 +7,8 @@ from typing import Any
 
 import torch
 import transformers
-from transformers import PreTrainedModel
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
 transformers.utils.logging.disable_progress_bar()
 VOCABULARY, WIDTH = 128, 64
@@ -86,6 +87,17 @@ def batch(family: str, seed: int = 0) -> dict[str, torch.Tensor]:
         pixels = torch.randn(2, 3, 16, 16, generator=torch.Generator().manual_seed(seed))
         return {"input_ids": ids, "pixel_values": pixels, "labels": ids}
     return {"input_ids": ids, "labels": ids}
+
+
+def tokenizer(text: str = "the quick brown fox jumps over the lazy dog ", **more: Any) -> PreTrainedTokenizerFast:
+    """Byte-level BPE of 257 tokens and up to 63 merges, those of `text`; <eos> is the first. more: as its class has them."""
+    found = Tokenizer(models.BPE())
+    found.pre_tokenizer, found.decoder = pre_tokenizers.ByteLevel(), decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=320, special_tokens=["<eos>"], initial_alphabet=pre_tokenizers.ByteLevel.alphabet(), show_progress=False
+    )
+    found.train_from_iterator([text], trainer)
+    return PreTrainedTokenizerFast(tokenizer_object=found, eos_token="<eos>", **more)
 
 
 def tokens(batch: int = 2, length: int = 16, seed: int = 0) -> torch.Tensor:

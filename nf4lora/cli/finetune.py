@@ -5,9 +5,12 @@ from typing import Annotated
 
 import typer
 
-from .settings import DEMO, DTYPES, OPTIMS, SCHEDULERS, Settings, UserError
+from .settings import DEMO, DTYPES, LOSS_ON, METHODS, OPTIMS, SCHEDULERS, Settings, UserError
 
 _USER = Settings()
+_NOT_OF_THE_DEMO = (
+    "resume", "epochs", "method", "target_r", "tinit", "tfinal", "delta_t", "loss_on", "packing",
+)  # fmt: skip
 
 
 def _option(field: str, text: str, *names: str):
@@ -20,11 +23,36 @@ def _option(field: str, text: str, *names: str):
 
 def finetune(
     model: Annotated[str | None, typer.Option(help="Model folder or Hub id.")] = None,
-    data: Annotated[Path | None, typer.Option(help='.txt, or .jsonl of {"text": …} or {"messages": […]}.')] = None,
+    data: Annotated[
+        Path | None,
+        typer.Option(
+            help=".txt, or .jsonl or .json with rows of text, of instruction, input and output, or of messages."
+        ),
+    ] = None,
+    config: Annotated[
+        Path | None, typer.Option(help="YAML file of these options by name; what is given here beside it counts.")
+    ] = None,
+    method: Annotated[
+        str | None,
+        typer.Option(
+            help=f"{', '.join(METHODS)}: base in 16 bits, in 4 bits, in 4 bits with ranks that adapt. [qlora]"
+        ),
+    ] = None,
     output: Annotated[str | None, _option("output", "Folder for results, checkpoints and the adapter.")] = None,
-    r: Annotated[int | None, _option("r", "LoRA rank.", "--r")] = None,
+    r: Annotated[
+        int | None,
+        _option("r", "LoRA rank; of AdaLoRA the one it starts at. Launchers want it in full.", "--r", "--rank"),
+    ] = None,
     alpha: Annotated[float | None, _option("alpha", "LoRA alpha; the branch is scaled by alpha / r.")] = None,
     dropout: Annotated[float | None, _option("dropout", "Dropout before the LoRA branch.")] = None,
+    target_r: Annotated[int | None, typer.Option(help="AdaLoRA: mean rank to end with. [two thirds of --r]")] = None,
+    tinit: Annotated[
+        int | None, typer.Option(help="AdaLoRA: steps before ranks are taken away. [a tenth of all]")
+    ] = None,
+    tfinal: Annotated[int | None, typer.Option(help="AdaLoRA: steps with the final ranks. [a quarter of all]")] = None,
+    delta_t: Annotated[
+        int | None, typer.Option(help="AdaLoRA: steps between allocations. [a hundredth of all]")
+    ] = None,
     target_modules: Annotated[
         str | None, _option("target_modules", "all-linear, or names separated by commas.")
     ] = None,
@@ -38,8 +66,15 @@ def finetune(
     batch_size: Annotated[int | None, _option("batch_size", "Sequences in a forward.")] = None,
     grad_accum: Annotated[int | None, _option("grad_accum", "Forwards in an optimizer step.")] = None,
     seq_len: Annotated[int | None, _option("seq_len", "Tokens in a sequence.")] = None,
+    loss_on: Annotated[
+        str | None,
+        typer.Option(help=f"{' or '.join(LOSS_ON)}: of instructions and chats, what the model is to say. [answers]"),
+    ] = None,
+    packing: Annotated[
+        bool | None, typer.Option(help="Put instructions and chats side by side in sequences of --seq-len. [no]")
+    ] = None,
     gradient_checkpointing: Annotated[
-        bool | None, typer.Option("--gradient-checkpointing", help="Recompute activations: less memory, more time.")
+        bool | None, typer.Option(help="Recompute activations: less memory, more time. [no]")
     ] = None,
     save_steps: Annotated[int | None, _option("save_steps", "Steps between checkpoints.")] = None,
     resume: Annotated[
@@ -51,24 +86,34 @@ def finetune(
         bool, typer.Option("--json", help="Print the result as JSON, and nothing else, on stdout.")
     ] = False,
 ) -> None:
-    """Fine-tune a causal language model with QLoRA.
+    """Fine-tune a causal language model with QLoRA, LoRA or AdaLoRA.
 
     Without --model and --data: a demonstration that needs no network, comparing full fine-tuning, LoRA and QLoRA on a
-    small model, in a few minutes. With them: training on your own model and text, saved as a PEFT adapter.
+    small model, in a few minutes. With them: training on your own model and text, saved as a PEFT adapter; on several GPUs
+    when `accelerate launch -m nf4lora.cli finetune …` or torchrun starts it.
+
+    Example: nf4lora finetune --model ./Llama-3.2-1B --data chats.jsonl --method qlora --r 16 --output out
     """
     given = dict(locals())
-    given.pop("json")
+    for name in ("json", "config"):
+        given.pop(name)
     given["data"] = None if data is None else str(data)
     given["target_modules"] = None if target_modules is None else tuple(target_modules.split(","))
-    if (model is None) != (data is None):
+    given = {name: value for name, value in given.items() if value is not None}
+    if config is not None:
+        from .config_file import read
+
+        given = read(config) | given
+    if ("model" in given) != ("data" in given):
         raise UserError("--model and --data go together: give both, or neither for the demonstration")
-    settings = (DEMO if model is None else _USER).with_options(given)
+    settings = (_USER if "model" in given else DEMO).with_options(given)
+    if "model" not in given and (unfit := [name for name in _NOT_OF_THE_DEMO if name in given]):
+        names = ", ".join(f"--{name.replace('_', '-')}" for name in unfit)
+        raise UserError(
+            f"{names}: for your own --model and --data; the demonstration always runs whole, on its own text"
+        )
     check_output(settings.output)
-    if model is None:
-        if settings.resume or epochs is not None:
-            raise UserError(
-                "--resume and --epochs are for your own --model and --data; the demonstration always runs whole"
-            )
+    if "model" not in given:
         from .demo import run
     else:
         from .user import run

@@ -1,4 +1,4 @@
-"""A user's model with NF4LoRALinears in it, and what a model weighs."""
+"""A user's model with adapters on it, the demonstration's with NF4LoRALinears, and what a model weighs."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -10,6 +10,7 @@ from torch import nn
 
 from ..hf.experts import quantize_experts_
 from ..nn import NF4Linear, replace_linears
+from ..nn.replace import check_names
 from .settings import Settings, UserError
 
 
@@ -28,27 +29,65 @@ def load_tokenizer(settings: Settings) -> Any:
     return _loaded(source, AutoTokenizer.from_pretrained)
 
 
-def load_model(settings: Settings, device: torch.device, compute: torch.dtype) -> nn.Module:
-    """The causal language model of --model, its linears in NF4 with adapters, all else frozen.
+def sizes(settings: Settings) -> tuple[int, int | None]:
+    """Rows of the embedding of --model, and the longest sequence it takes, as its config says. Raises: UserError."""
+    from transformers import AutoConfig
 
-    Raises: UserError for a folder without a model, unknown target modules, or a --seq-len the model does not take.
+    config = _loaded(settings.model, AutoConfig.from_pretrained).get_text_config(decoder=True)
+    return config.vocab_size, getattr(config, "max_position_embeddings", None)
+
+
+def load_base(settings: Settings, device: torch.device, compute: torch.dtype) -> nn.Module:
+    """The causal language model of --model, frozen: in 4 bits (16 for --method lora), and what stays dense in `compute`.
+    A checkpoint in 4 bits, ours or bitsandbytes', is taken as it is.
+
+    Raises: UserError for a folder without a model.
     """
     from transformers import AutoModelForCausalLM
 
+    from ..hf import from_pretrained
+
     # safetensors only: other weight files are pickles, which can run code
-    model = _loaded(settings.model, AutoModelForCausalLM.from_pretrained, dtype="auto", use_safetensors=True)
-    limit = getattr(model.config, "max_position_embeddings", None)
-    if limit and settings.seq_len > limit:
-        raise UserError(
-            f"--seq-len: found {settings.seq_len}, wanted at most {limit}, the longest {settings.model} takes"
-        )
-    return prepare(model, settings, device, compute)
+    load = AutoModelForCausalLM.from_pretrained if settings.method == "lora" else from_pretrained
+    model = _loaded(settings.model, load, dtype="auto", use_safetensors=True)
+    if settings.method == "lora" and getattr(model, "hf_quantizer", None):
+        raise UserError(f"--method: found lora, but {settings.model} is quantized already; wanted qlora or adalora")
+    for parameter in model.requires_grad_(False).parameters():
+        if parameter.is_floating_point():
+            parameter.data = parameter.data.to(compute)
+    return model.to(device)
+
+
+def add_adapters(model: nn.Module, settings: Settings, steps: int) -> nn.Module:
+    """The base in peft's hands, with --method's adapters for a run of so many steps. Raises: UserError: unknown targets."""
+    from peft import AdaLoraConfig, LoraConfig, get_peft_model
+
+    targets, every = list(settings.target_modules), settings.target_modules == ("all-linear",)
+    options = {
+        "lora_alpha": settings.alpha, "lora_dropout": settings.dropout, "target_modules": "all-linear" if every else targets,
+        "task_type": "CAUSAL_LM", "base_model_name_or_path": settings.model,
+    }  # fmt: skip
+    torch.manual_seed(settings.seed)
+    try:
+        if not every:
+            check_names(targets, [name for name, m in model.named_modules() if isinstance(m, nn.Linear)])
+        if settings.method == "adalora":
+            ranks = {"init_r": settings.r, "target_r": settings.target_r or max(settings.r * 2 // 3, 1)}
+            config = AdaLoraConfig(total_step=steps, **ranks, **settings.schedule(steps), **options)
+        else:
+            config = LoraConfig(r=settings.r, **options)
+        return get_peft_model(model, config)
+    except ValueError as error:
+        option, text = "--method", str(error)
+        if text.startswith("target_modules: "):
+            option, text = "--target-modules", text.removeprefix("target_modules: ")
+        raise UserError(f"{option}: {text}") from error
 
 
 def _loaded(source: str, loader: Callable[..., Any], **kwargs: Any) -> Any:
     try:
         return loader(source, **kwargs)
-    except (OSError, ValueError, SafetensorError) as error:
+    except (OSError, ValueError, TypeError, SafetensorError) as error:
         reason = str(error).strip().split("\n")[0]
         raise UserError(f"--model: {source} cannot be loaded ({reason}); wanted a model folder or a Hub id") from error
 
@@ -62,21 +101,15 @@ def quiet_transformers() -> None:
 
 
 def prepare(model: nn.Module, settings: Settings, device: torch.device, compute: torch.dtype) -> nn.Module:
-    """Put linears in 4 bits, adapters on the targets; freeze the rest, cast what stays dense to `compute`. Raises: UserError."""
+    """Put linears in 4 bits, adapters on the targets; freeze the rest, cast what stays dense to `compute`."""
     torch.manual_seed(settings.seed)
     model.requires_grad_(False)
     model.to(device)
-    try:
-        replace_linears(model, layer=NF4Linear)
-        quantize_experts_(model)
-        replace_linears(
-            model, list(settings.target_modules), r=settings.r, lora_alpha=settings.alpha, lora_dropout=settings.dropout
-        )
-    except ValueError as error:
-        option, text = "--model", str(error)
-        if text.startswith("target_modules: "):
-            option, text = "--target-modules", text.removeprefix("target_modules: ")
-        raise UserError(f"{option}: {text}") from error
+    replace_linears(model, layer=NF4Linear)
+    quantize_experts_(model)
+    replace_linears(
+        model, list(settings.target_modules), r=settings.r, lora_alpha=settings.alpha, lora_dropout=settings.dropout
+    )
     adapters = {id(p) for p in model.parameters() if p.requires_grad}
     for parameter in model.parameters():
         if parameter.is_floating_point() and id(parameter) not in adapters:

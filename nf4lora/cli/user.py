@@ -1,58 +1,104 @@
-"""`nf4lora finetune --model … --data …`: QLoRA on the user's own model and text, with checkpoints."""
+"""`nf4lora finetune --model … --data …`: a fine-tune of the user's own model on their data, with checkpoints."""
 
 import json
 import signal
 import threading
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
-from ..hf.adapter import save_adapter
-from ..hf.checkpoint import CheckpointError, latest, save
+from torch import nn
+
+from ..hf.checkpoint import latest, publish, save
+from . import config_file
+from . import data as datas
 from . import model as models
-from .compute import compute_dtype, device
-from .data import read_documents, to_blocks
+from .compute import compute_dtype
+from .metrics import Metrics
+from .packing import check_packing
+from .processes import Processes, processes
 from .progress import Bar, Meter, console, memory_in_use
 from .report import plot_losses
 from .settings import Settings, Stopped, UserError
-from .state import pack, restore
-from .train import Run, start, train_step
+from .state import Saved, adapter_files, pack
+from .train import Run, start, steps_of, train_step
+
+NAMES = {"lora": "LoRA", "qlora": "QLoRA", "adalora": "AdaLoRA"}
 
 
 def run(settings: Settings, as_json: bool) -> None:
-    """Train, save `output/adapter`, `results.json` and `loss.png`, and print the result.
+    """Train, save `output/adapter`, `results.json`, `config.yaml`, the metrics and `loss.png`, and print the result.
 
     Raises: UserError, RunFailed, OSError; Stopped after Ctrl-C, with a checkpoint of the last step saved.
     """
+    together = processes()
     output = Path(settings.output)
     checkpoint = _checkpoint(settings, output)
     tokenizer = models.load_tokenizer(settings)
-    documents = read_documents(settings.data, tokenizer)
-    where = device()
-    compute, why = compute_dtype(where, settings.compute_dtype)
-    model = models.load_model(settings, where, compute)
-    blocks = to_blocks(documents, tokenizer, settings.seq_len, model.get_input_embeddings().num_embeddings)
-    training = start(model, blocks, settings)
-    if checkpoint:
-        try:
-            restore(training, checkpoint)
-        except (CheckpointError, ValueError) as error:
-            raise UserError(f"--resume: {error}") from error
-        console.print(f"resuming after step {training.step} from {checkpoint}", highlight=False)
+    vocabulary, longest = models.sizes(settings)
+    data = datas.load(settings, tokenizer, vocabulary)
+    if longest and settings.seq_len > longest:
+        raise UserError(
+            f"--seq-len: found {settings.seq_len}, wanted at most {longest}, the longest {settings.model} takes"
+        )
+    compute, why = compute_dtype(together.device, settings.compute_dtype)
+    base = models.load_base(settings, together.device, compute)
+    if data.position_ids is not None:
+        check_packing(base, settings.batch_size)
+    model = models.add_adapters(base, settings, steps_of(settings, len(data), together))
+    training = _started(model, data, settings, together, checkpoint)
     meter = Meter()
+    if together.is_main:
+        config_file.write(settings, output / "config.yaml")
+        if checkpoint:
+            console.print(f"resuming after step {training.step} from {checkpoint}", highlight=False)
     _loop(training, output, meter)
-    save_adapter(model, output / "adapter", settings.model)
+    if training.adaptive:
+        training.adaptive.end()
+    adapter = adapter_files(training)
+    if together.is_main:
+        publish(output / "adapter", adapter)
+        _finish(training, output, as_json, {
+            "tokens_per_s": meter.tokens_per_s, "compute_dtype": str(compute)[6:], "compute_dtype_reason": why,
+        })  # fmt: skip
+    together.end()
+
+
+def _started(
+    model: nn.Module, data: datas.Data, settings: Settings, together: Processes, checkpoint: Path | None
+) -> Run:
+    """A run at step 0, or as `checkpoint` has left it. Raises: UserError."""
+    if checkpoint is None:
+        return start(model, data, settings, processes=together)
+    try:
+        saved = Saved(checkpoint, settings, data, together)
+        saved.load_adapter(model)  # before it is sharded
+        training = start(model, data, settings, processes=together)
+        saved.restore(training)
+        if training.adaptive:
+            training.adaptive.begin(training.step)
+    except ValueError as error:
+        raise UserError(f"--resume: {error}") from error
+    return training
+
+
+def _finish(training: Run, output: Path, as_json: bool, more: dict[str, Any]) -> None:
+    """Write and print the result."""
+    settings, model = training.settings, training.processes.unwrap(training.model)
     result = {
         "losses": training.losses, "steps": training.steps, "loss_first": training.losses[0],
-        "loss_last": training.losses[-1], "tokens_per_s": meter.tokens_per_s, "compute_dtype": str(compute)[6:],
-        "compute_dtype_reason": why, "trainable_parameters": sum(p.numel() for p in model.parameters() if p.requires_grad),
+        "loss_last": training.losses[-1], "method": settings.method, "processes": training.processes.count,
+        "data": training.data.counts, "trainable_parameters": sum(p.numel() for p in model.parameters() if p.requires_grad),
         "weight_bytes": models.weight_bytes(model), "optimizer_bytes": models.optimizer_bytes(training.optimizer),
-        "bits_per_quantized_weight": models.nf4_bits(model), "memory_bytes": memory_in_use(where),
-        "adapter": str(output / "adapter"), "settings": settings.as_json(),
+        "bits_per_quantized_weight": models.nf4_bits(model), "memory_bytes": memory_in_use(training.device),
+        "adapter": str(output / "adapter"), "settings": settings.as_json(), **more,
     }  # fmt: skip
     (output / "results.json").write_text(json.dumps(result, indent=1))
-    plot_losses({"QLoRA": (training.losses, [])}, output / "loss.png", f"{settings.model}: training loss")
+    name = NAMES[settings.method]
+    plot_losses({name: (training.losses, [])}, output / "loss.png", f"{settings.model}, {name}: training loss")
+    if training.adaptive:
+        training.adaptive.plot(output / "ranks.png")
     print(json.dumps(result) if as_json else _summary(result))
 
 
@@ -68,22 +114,45 @@ def _checkpoint(settings: Settings, output: Path) -> Path | None:
 
 
 def _loop(training: Run, output: Path, meter: Meter) -> None:
-    saved = training.step
-    with _interruption() as interrupted, Bar("QLoRA", training.steps, training.step) as bar:
-        while training.step < training.steps and not interrupted.is_set():
+    saved, together = training.step, training.processes
+    with _interruption() as interrupted, ExitStack() as stack:
+        if together.is_main:
+            metrics = Metrics(output, training.step)
+            bar = stack.enter_context(Bar(NAMES[training.settings.method], training.steps, training.step))
+        while training.step < training.steps and not _any(together, interrupted):
+            indices, lr = training.indices(), training.scheduler.get_last_lr()[0]
             with meter:
                 loss = train_step(training)
-            meter.tokens += training.tokens_per_step
-            bar.update(training.step, loss, meter.tokens_per_s, memory_in_use(training.device))
+            meter.tokens += training.tokens(indices)
+            if together.is_main:
+                memory = memory_in_use(training.device)
+                bar.update(training.step, loss, meter.tokens_per_s, memory)
+                metrics.add({
+                    "step": training.step, "epoch": training.step * training.sequences / len(training.data), "loss": loss,
+                    "grad_norm": training.grad_norm, "lr": lr, "tokens": training.tokens(indices),
+                    "tokens_per_s": meter.tokens_per_s, "seconds": meter.seconds, "memory_bytes": memory,
+                    **(training.adaptive.metrics() if training.adaptive else {}),
+                })  # fmt: skip
             if training.step % training.settings.save_steps == 0:
-                save(output, training.step, pack(training))
+                _save(training, output)
                 saved = training.step
         if training.step > saved:
-            save(output, training.step, pack(training))
+            _save(training, output)
     if training.step < training.steps:
         kept = f"{output}/checkpoint-{training.step} is saved" if training.step else "nothing was saved yet"
         advice = "the same command with --resume goes on from there" if training.step else "run the same command again"
         raise Stopped(f"after step {training.step} of {training.steps}; {kept}; {advice}")
+
+
+def _save(training: Run, output: Path) -> None:
+    files = pack(training)
+    if training.processes.is_main:
+        save(output, training.step, files)
+
+
+def _any(together: Processes, event: threading.Event) -> bool:
+    """Whether it is set in any process: all of them stop after the same step."""
+    return together.sum(event.is_set())[0] > 0
 
 
 @contextmanager
@@ -104,10 +173,12 @@ def _interruption() -> Iterator[threading.Event]:
 
 
 def _summary(result: dict[str, Any]) -> str:
+    bits = result["bits_per_quantized_weight"]
+    held = f", {bits:.3f} bits a quantized weight" if bits else ""
+    data = ", ".join(f"{count:,} {what}" for what, count in result["data"].items())
     return (
         f"loss {result['loss_first']:.4f} -> {result['loss_last']:.4f} in {result['steps']} steps, "
         f"{result['tokens_per_s']:,.0f} tokens/s, computed in {result['compute_dtype']} ({result['compute_dtype_reason']})\n"
-        f"{result['trainable_parameters']:,} trainable parameters; weights {result['weight_bytes']:,} bytes, "
-        f"{result['bits_per_quantized_weight']:.3f} bits a quantized weight; optimizer {result['optimizer_bytes']:,} bytes\n"
-        f"adapter: {result['adapter']}"
+        f"{result['trainable_parameters']:,} trainable parameters; weights {result['weight_bytes']:,} bytes{held}; "
+        f"optimizer {result['optimizer_bytes']:,} bytes\ndata: {data}\nadapter: {result['adapter']}"
     )

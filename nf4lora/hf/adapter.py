@@ -15,6 +15,7 @@ from .checkpoint import JSON_LIMIT, CheckpointError, parse_json, parse_tensors, 
 
 WEIGHTS, CONFIG = "adapter_model.safetensors", "adapter_config.json"
 _PREFIX = "base_model.model."
+_HEADER_LIMIT = 10**8  # of safetensors
 _UNSUPPORTED = {"use_dora": False, "bias": "none", "modules_to_save": None, "fan_in_fan_out": False, "lora_bias": False}
 
 
@@ -44,13 +45,14 @@ def load_adapter(model: nn.Module, directory: str | os.PathLike) -> None:
             or the file that is damaged or too large; the model is then as it was.
     """
     directory = Path(directory)
+    numel = sum(p.numel() for p in _parameters(lora_layers(model)).values())
     files = {}
-    for name in (CONFIG, WEIGHTS):
+    for name, most in ((CONFIG, JSON_LIMIT), (WEIGHTS, _HEADER_LIMIT + 8 * numel)):
         path = directory / name
         if not path.is_file():
             raise ValueError(f"{path}: no such file; wanted a PEFT adapter folder with {CONFIG} and {WEIGHTS}")
-        if name == CONFIG and path.stat().st_size > JSON_LIMIT:
-            raise ValueError(f"{path}: {path.stat().st_size} bytes, wanted at most {JSON_LIMIT}")
+        if (size := path.stat().st_size) > most:
+            raise ValueError(f"{path}: {size} bytes, wanted at most {most}")
         files[name] = path.read_bytes()
     load_adapter_files(model, files, directory)
 
@@ -58,14 +60,19 @@ def load_adapter(model: nn.Module, directory: str | os.PathLike) -> None:
 def adapter_files(model: nn.Module, base_model_name_or_path: str | None = None) -> dict[str, bytes]:
     """The files of `save_adapter`: name -> bytes. Tensors: `base_model.model.<path>.lora_A.weight` [r, K], `lora_B` [N, r]."""
     layers = lora_layers(model)
-    tensors = {key: p.detach().cpu().contiguous() for key, p in _parameters(layers).items()}
-    config = json.dumps(_config(model, layers, base_model_name_or_path), indent=2)
+    return files_of(_parameters(layers), _config(model, layers, base_model_name_or_path))
+
+
+def files_of(tensors: dict[str, Tensor], config: dict[str, Any]) -> dict[str, bytes]:
+    """The files of an adapter, by the names of its tensors and its configuration as peft has them: name -> bytes."""
+    tensors = {key: t.detach().cpu().contiguous() for key, t in tensors.items()}
+    base, kind = config["base_model_name_or_path"], config["peft_type"]
     card = (
-        f"---\nbase_model: {json.dumps(base_model_name_or_path)}\nlibrary_name: peft\ntags:\n- lora\n- qlora\n- nf4lora\n---\n\n"
-        "LoRA adapter, trained on an NF4 base with nf4lora. Loads with `peft.PeftModel.from_pretrained`.\n"
+        f"---\nbase_model: {json.dumps(base)}\nlibrary_name: peft\ntags:\n- {kind.lower()}\n- nf4lora\n---\n\n"
+        f"{kind} adapter, trained with nf4lora. Loads with `peft.PeftModel.from_pretrained`.\n"
     )
     weights = safetensors.torch.save(tensors, metadata={"format": "pt"})
-    return {WEIGHTS: weights, CONFIG: config.encode(), "README.md": card.encode()}
+    return {WEIGHTS: weights, CONFIG: json.dumps(config, indent=2).encode(), "README.md": card.encode()}
 
 
 def load_adapter_files(model: nn.Module, files: dict[str, bytes], directory: str | os.PathLike) -> None:

@@ -44,10 +44,8 @@ def replace_linears(
     if targets == ["all-linear"]:
         chosen = list(linears)
     else:
+        check_names(targets, linears)
         chosen = [name for name in linears if any(_ends_with(name, t) for t in targets)]
-        if unknown := [t for t in targets if not any(_ends_with(name, t) for name in linears)]:
-            there = sorted({name.rsplit(".", 1)[-1] for name in linears})
-            raise ValueError(f"target_modules: found no linear named {unknown}; the model has {there}")
     chosen = [name for name in chosen if not any(_ends_with(name, e) for e in exclude)]
     if not chosen:
         raise ValueError(f"model: found no torch.nn.Linear to replace outside {exclude}")
@@ -57,6 +55,13 @@ def replace_linears(
     if group:
         group_blocks(model)
     return model
+
+
+def check_names(targets: Iterable[str], linears: Iterable[str]) -> None:
+    """Raises: ValueError for targets that name none of the linears at these paths, listing the names there are."""
+    if unknown := [t for t in targets if not any(_ends_with(name, t) for name in linears)]:
+        there = sorted({name.rsplit(".", 1)[-1] for name in linears})
+        raise ValueError(f"target_modules: found no linear named {unknown}; the model has {there}")
 
 
 def _ends_with(name: str, target: str) -> bool:

@@ -72,8 +72,9 @@ def _reasons(
     caveat = f"; a lower bound was counted, without {model.uncounted}: try it" if model.uncounted else ""
     alpha = 32 if choice.method == "adalora" else 2 * choice.r
     values = {
-        "method": (choice.method, why),
+        "--method": (choice.method, why),
         "--r": _rank(model, choice),
+        **({"--target-r": ("8", "the average rank it is to keep, of AdaLoRA's own scripts")} if choice.method == "adalora" else {}),
         "--alpha": (str(alpha), "of AdaLoRA's own scripts" if choice.method == "adalora" else
                     "twice the rank: a branch scaled by 2 at every rank, so that the rate need not change with it"),
         "--target-modules": ("all-linear", _why_targets(model)),

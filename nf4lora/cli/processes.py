@@ -1,0 +1,97 @@
+"""The processes of a run: one, or those that torchrun or `accelerate launch` started, joined by accelerate."""
+
+import os
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
+
+from .compute import device
+
+
+class Processes:
+    """This process alone.
+
+    rank, count: which one this is, of how many; device: where its part of the work is done
+    """
+
+    rank, count = 0, 1
+
+    def __init__(self) -> None:
+        self.device = device()
+
+    @property
+    def is_main(self) -> bool:
+        return self.rank == 0
+
+    def prepare(self, model: nn.Module, optimizer: torch.optim.Optimizer) -> nn.Module:
+        """The model as it is to be called; `optimizer` then steps its parameters."""
+        return model
+
+    def unwrap(self, model: nn.Module) -> nn.Module:
+        return model
+
+    def no_sync(self, model: nn.Module) -> AbstractContextManager:
+        """Around every backward of a step but the last: gradients stay in the process."""
+        return nullcontext()
+
+    def sum(self, *values: float) -> list[float]:
+        return list(values)
+
+    def clip(self, parameters: list[nn.Parameter], max_norm: float) -> float:
+        """Clip the gradients. Returns their norm before."""
+        return nn.utils.clip_grad_norm_(parameters, max_norm).item()
+
+    def gathered(self, value: Any) -> list[Any]:
+        """`value` of every process, by rank."""
+        return [value]
+
+    def end(self) -> None:
+        """After the last that they do together."""
+
+
+class Several(Processes):
+    """One of several, each with the same data on a part of every batch: DDP, or FSDP2 where accelerate's config says so."""
+
+    def __init__(self) -> None:
+        from accelerate import Accelerator
+
+        self._accelerator = Accelerator(cpu=device().type == "cpu")
+        self.rank, self.count = self._accelerator.process_index, self._accelerator.num_processes
+        self.device = self._accelerator.device
+
+    def prepare(self, model: nn.Module, optimizer: torch.optim.Optimizer) -> nn.Module:
+        return self._accelerator.prepare(model, optimizer)[0]
+
+    def unwrap(self, model: nn.Module) -> nn.Module:
+        return self._accelerator.unwrap_model(model)
+
+    def no_sync(self, model: nn.Module) -> AbstractContextManager:
+        return self._accelerator.no_sync(model)
+
+    def sum(self, *values: float) -> list[float]:
+        told = torch.tensor(values, dtype=torch.float64, device=self.device)
+        return self._accelerator.reduce(told, "sum").tolist()
+
+    def clip(self, parameters: list[nn.Parameter], max_norm: float) -> float:
+        return whole(nn.utils.clip_grad_norm_(parameters, max_norm)).item()
+
+    def gathered(self, value: Any) -> list[Any]:
+        every = [None] * self.count
+        torch.distributed.all_gather_object(every, value)
+        return every
+
+    def end(self) -> None:
+        self._accelerator.end_training()
+
+
+def processes() -> Processes:
+    """Those that this one belongs to, as the launcher's environment says."""
+    return Several() if int(os.environ.get("WORLD_SIZE", "1")) > 1 else Processes()
+
+
+def whole(tensor: Tensor) -> Tensor:
+    """Of a tensor that is sharded, all of it; every process must ask."""
+    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor

@@ -1,0 +1,102 @@
+"""`nf4lora finetune` started by torchrun and by `accelerate launch`: two processes give the losses and the adapter of one."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import safetensors.torch
+import tiny
+import torch
+from commands import in_process
+
+from nf4lora.hf.checkpoint import read
+
+TORCHRUN = ("-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", "-m")
+# --multi_gpu is the launcher of several processes; there being no GPU, accelerate takes gloo
+ACCELERATE = ("-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes=2", "--num_machines=1", "--mixed_precision=no",
+              "--dynamo_backend=no", "--main_process_port=0", "-m")  # fmt: skip
+OPTIONS = {  # --r alone is an option of the launchers, cut short
+    "--rank": 4, "--dropout": 0, "--lr": 5e-3, "--max-steps": 4, "--grad-accum": 2, "--seq-len": 48, "--save-steps": 2,
+    "--compute-dtype": "float32", "--optim": "adamw_torch",
+}  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory) -> Path:
+    path = tmp_path_factory.mktemp("model")
+    tokenizer = tiny.tokenizer()
+    tokenizer.chat_template = "{% for m in messages %}<{{ m.role }}>{{ m.content }}{% endfor %}{% if add_generation_prompt %}<assistant>{% endif %}"
+    tokenizer.save_pretrained(path)
+    tiny.llama(vocab_size=len(tokenizer)).save_pretrained(path)
+    return path
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory) -> Path:
+    """Answers of one to eight words, so that processes learn from unlike numbers of tokens."""
+    path = tmp_path_factory.mktemp("data") / "rows.jsonl"
+    rows = [{"instruction": f"Say it {i % 8 + 1} times", "output": "dog " * (i % 8 + 1)} for i in range(40)]
+    path.write_text("\n".join(map(json.dumps, rows)))
+    return path
+
+
+def arguments(model, data, output, *flags, **options) -> list[str]:
+    changed = {f"--{name.replace('_', '-')}": value for name, value in options.items()}
+    pairs = {"--model": model, "--data": data, "--output": output, **OPTIONS, **changed}
+    return ["finetune", *(str(part) for pair in pairs.items() for part in pair), *flags]
+
+
+def launched(launcher, *command) -> subprocess.CompletedProcess:
+    # -P is for a library built elsewhere: the launcher's own interpreter would take the source tree
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    return subprocess.run([sys.executable, *launcher, "nf4lora.cli", *command], env=environment, capture_output=True, text=True, timeout=600)
+
+
+def result(done: subprocess.CompletedProcess) -> dict:
+    assert done.returncode == 0, done.stderr[-3000:]
+    return json.loads(done.stdout)  # of one process, and nothing else
+
+
+def tensors(output: Path):
+    return safetensors.torch.load(read(output / "adapter")["adapter_model.safetensors"])
+
+
+@pytest.mark.parametrize(("launcher", "method", "flags"), [
+    (TORCHRUN, "qlora", ()), (TORCHRUN, "lora", ("--packing", "--gradient-checkpointing")), (ACCELERATE, "qlora", ()), (TORCHRUN, "adalora", ()),
+])  # fmt: skip
+def test_two_processes_are_as_one(model, data, tmp_path, launcher, method, flags, capsys, monkeypatch):
+    command = in_process(capsys, monkeypatch, tmp_path)
+    code, out, err = command(*arguments(model, data, tmp_path / "one", "--json", *flags, method=method, batch_size=4))
+    assert code == 0, err
+    one = json.loads(out)
+    two = result(launched(launcher, *arguments(model, data, tmp_path / "two", "--json", *flags, method=method, batch_size=2)))
+    assert (one["processes"], two["processes"]) == (1, 2) and one["steps"] == two["steps"] == 4
+    assert max(abs(a - b) for a, b in zip(one["losses"], two["losses"], strict=True)) <= 1e-6
+    wanted, found = tensors(tmp_path / "one"), tensors(tmp_path / "two")
+    assert wanted.keys() == found.keys() and any(t.any() for name, t in wanted.items() if "lora_B" in name)
+    torch.testing.assert_close(found, wanted, atol=2e-6, rtol=0)
+    lines = [json.loads(line) for line in (tmp_path / "two" / "metrics.jsonl").read_text().splitlines()]
+    assert [line["loss"] for line in lines] == two["losses"]  # of one process
+
+
+def test_two_processes_resume_to_equal_bits(model, data, tmp_path):
+    options = {"dropout": 0.1, "batch_size": 2}
+    whole = result(launched(TORCHRUN, *arguments(model, data, tmp_path / "whole", "--json", **options)))
+    half = tmp_path / "half"
+    dies = tmp_path / "dies.py"
+    dies.write_text(
+        "import os, sys, signal\nfrom nf4lora.cli import app, user\nsave = user.save\n"
+        "def save_and_die(root, step, files):\n    save(root, step, files)\n    os.kill(os.getpid(), signal.SIGKILL)\n"
+        "user.save = save_and_die\nsys.exit(app.run())"
+    )
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    killed = subprocess.run([sys.executable, *TORCHRUN[:-1], str(dies), *arguments(model, data, half, **options)],
+                            env=environment, capture_output=True, text=True, timeout=600)  # fmt: skip
+    assert killed.returncode and [p.name for p in half.glob("checkpoint-*")] == ["checkpoint-2"]
+    again = result(launched(TORCHRUN, *arguments(model, data, half, "--json", "--resume", **options)))
+    assert again["losses"] == whole["losses"] and read(half / "checkpoint-4") == read(tmp_path / "whole" / "checkpoint-4")
+    alone = subprocess.run([sys.executable, "-m", "nf4lora.cli", *arguments(model, data, half, "--resume", **options)], capture_output=True, text=True)
+    assert alone.returncode == 2 and "was made by 2 processes, now 1; start as many" in alone.stderr
