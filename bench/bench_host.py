@@ -139,15 +139,18 @@ def launches(contender: Contender) -> int | None:
         return launched(once)
 
 
-def measure(stem: str, chosen: Iterable[tuple[Work, bool]], out: Path, device: str, rounds: int = ROUNDS) -> int:
-    """Ours run on the back end that a program would get, whose choice is part of the cost."""
+def measure(
+    stem: str, chosen: Iterable[tuple[Work, bool]], out: Path, device: str, rounds: int = ROUNDS,
+    watch: Callable[[list], Iterable] = iter,
+) -> int:  # fmt: skip
+    """Ours run on the back end that a program would get, whose choice is part of the cost. `watch` sees the cases go by."""
     made: list[Case] = []
     reasons = {(kind, name): why for kind, name, why in backends.report()}
     why = reasons[device, device]
     absent = [f"{OURS} on its {device} back end, so the next one ran: {why}"] if why else []
     path = out / f"{stem}.json"
     try:
-        return run(stem, host_cases(chosen, absent, made), HostMeter(), rounds, out, absent)
+        return run(stem, watch(list(host_cases(chosen, absent, made))), HostMeter(), rounds, out, absent)
     finally:
         if path.exists():
             document = json.loads(path.read_text())

@@ -129,11 +129,15 @@ def cuda_works(l2_bytes: int) -> list[tuple[str, Work]]:
     return works
 
 
+def dtypes() -> tuple[torch.dtype, ...]:
+    """Those whose products this processor has."""
+    return (torch.float32, torch.bfloat16) if torch.ops.mkldnn._is_mkldnn_bf16_supported() else (torch.float32,)
+
+
 def cpu_cases() -> Iterator[Callable[[], Case]]:
     """Forward at every M, forward and backward at the last."""
     # torch's bfloat16 product takes minutes where the processor has no instruction for it
-    native = torch.ops.mkldnn._is_mkldnn_bf16_supported()
-    for dtype in (torch.float32, torch.bfloat16) if native else (torch.float32,):
+    for dtype in dtypes():
         for M in ROWS:
             yield lambda M=M, dtype=dtype: linear_case(M, dtype, backward=False)
         yield lambda dtype=dtype: linear_case(ROWS[-1], dtype, backward=True)

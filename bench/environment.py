@@ -52,6 +52,8 @@ def commit() -> str:
     """`git describe` of the checkout, "-dirty" included; $NF4LORA_COMMIT where the copy that runs has no history."""
     if told := os.environ.get("NF4LORA_COMMIT"):
         return told
+    if not (Path(__file__).parents[1] / "csrc").is_dir():
+        return "unknown"  # installed: a history around it is another project's
     try:
         git = subprocess.run(
             ["git", "describe", "--always", "--dirty"],

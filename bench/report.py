@@ -50,9 +50,17 @@ def markdown(document: dict[str, Any] | None, tables: int | None = None) -> str 
         return _machine_code(rows)
     if isinstance(rows, list) and rows and isinstance(rows[0], dict) and "tuner" in rows[0]:
         return _tuners(document)
-    if not isinstance(document.get("environment"), dict) or not _of_harness(rows):
+    if not isinstance(document.get("environment"), dict) or not ("methods" in document or _of_harness(rows)):
         return None
-    parts = []
+    parts = [table(*shown) for shown in contents(document)]
+    return "\n\n".join([machine(document["environment"]), *parts[:tables], *remarks(document)])
+
+
+def contents(document: dict[str, Any]) -> list[tuple[list[str], list[list[str]]]]:
+    """The tables of a results file of the harness or of `bench.methods`: header and rows of each."""
+    if "methods" in document:
+        return [_methods(document["rows"])]
+    parts, rows = [], document["rows"]
     for of_sweep in (False, True):
         for group in dict.fromkeys(row["group"] for row in rows):
             chosen = [row for row in rows if row["group"] == group and _of_sizes(row) == of_sweep]
@@ -67,10 +75,16 @@ def markdown(document: dict[str, Any] | None, tables: int | None = None) -> str 
         shares = ["{:.0f}% [{:.0f} … {:.0f}]".format(*(100 * share for share in of["hidden"])) for of in hidden]
         names = [f"{of['case']}: {of['contender']}" for of in hidden]
         lines = [[name, _time([of["moves_ms"]]), share] for name, of, share in zip(names, hidden, shares, strict=True)]
-        parts.append(table(["states at home before a backward", "both moves alone", "hidden by it"], lines))
+        parts.append((["states at home before a backward", "both moves alone", "hidden by it"], lines))
+    return parts
+
+
+def remarks(document: dict[str, Any]) -> list[str]:
+    """What such a file says beside its tables: how methods were run, who was not there, what failed."""
+    about = document.get("methods")
+    run = [f"{about['steps']} steps each; speeds taken in turns; load average before: {about['load_before']:.1f}."] if about else []
     absent = [f"Not there, so not timed: {why}" for why in document.get("absent", ())]
-    failed = [f"Failed, so not timed: {why.splitlines()[0]}" for why in document.get("failed", ())]
-    return "\n\n".join([machine(document["environment"]), *parts[:tables], *absent, *failed])
+    return run + absent + [f"Failed, so not timed: {why.splitlines()[0]}" for why in document.get("failed", ())]
 
 
 def machine(found: dict[str, Any]) -> str:
@@ -172,7 +186,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     return 0
 
 
-def _comparison(group: str, rows: list[dict[str, Any]], gpu: bool) -> str:
+def _comparison(group: str, rows: list[dict[str, Any]], gpu: bool) -> tuple[list[str], list[list[str]]]:
     """One row a case: the first contender's time, then how the others and the limits compare with it."""
     pairs = Counter(row["contender"].removesuffix(AGAIN) for row in rows if row["contender"].endswith(AGAIN))
     first = max(pairs, key=pairs.__getitem__)  # where it was red, a case was measured against another: not shown
@@ -204,17 +218,17 @@ def _comparison(group: str, rows: list[dict[str, Any]], gpu: bool) -> str:
             ratios.insert(-1, _share(own, found.get(COPY)))
         lines.append([case, _time(own["time_ms"], _mark(own)), *ratios])
         lines[-1] += [MISSING if own[key] is None else form(own[key]) for key, form in extra]
-    return table(header, lines)
+    return header, lines
 
 
-def _launches(group: str, rows: list[dict[str, Any]]) -> str:
+def _launches(group: str, rows: list[dict[str, Any]]) -> tuple[list[str], list[list[str]]]:
     """A row a case, a column a contender."""
     counts: dict[str, dict[str, str]] = {}
     for row in rows:
         counts.setdefault(row["case"], {})[row["contender"]] = str(row["launches"] or MISSING)
     contenders = list(dict.fromkeys(row["contender"] for row in rows))
     lines = [[case, *(of.get(name, "–") for name in contenders)] for case, of in counts.items()]
-    return table([f"launches, {group}", *contenders], lines)
+    return [f"launches, {group}", *contenders], lines
 
 
 def _tuners(document: dict[str, Any]) -> str:
@@ -233,6 +247,19 @@ def _tuners(document: dict[str, Any]) -> str:
     return table([f"tuners ({versions})", "loss", "save, reload", "merged in float32, differs by"], cells)
 
 
+def _methods(rows: list[dict[str, Any]]) -> tuple[list[str], list[list[str]]]:
+    """A row a method of fine-tuning; its speed also as a ratio, as it was taken in turns."""
+    lines = []
+    for row in rows:
+        counts = [f"{row[key]:,}" for key in ("trainable_parameters", "weight_bytes", "optimizer_bytes", "peak_bytes")]
+        speed = [MISSING, "–"]
+        if "ratio" in row:
+            speed = ["{:,.0f} [{:,.0f} … {:,.0f}]".format(*row["tokens_per_s"]), "{:.2f} [{:.2f} … {:.2f}]".format(*row["ratio"])]
+        lines.append([row["name"], *counts, *speed, f"{row['before']:.4f}", f"{row['after']:.4f}", f"{row['lr']:g}"])
+    header = ["method", "trainable", "weights, bytes", "optimizer, bytes", "peak, bytes", "tokens/s", "over QLoRA's", "before", "after", "lr"]
+    return header, lines
+
+
 def _machine_code(rows: list[dict[str, Any]]) -> str:
     """Instructions a weight by architecture; the most registers of any. A spill or a stack frame would have failed the tests."""
     shown = [row for row in rows if row["kernel"] in _MACHINE_CODE]
@@ -246,7 +273,7 @@ def _machine_code(rows: list[dict[str, Any]]) -> str:
     return table(["instructions a weight", "compiler", "registers", *archs], lines)
 
 
-def _models(group: str, rows: list[dict[str, Any]]) -> str:
+def _models(group: str, rows: list[dict[str, Any]]) -> tuple[list[str], list[list[str]]]:
     """One row a contender: tokens a second, its time over the first's, memory at its peak, what the gate saw."""
     lines = []
     for row in rows:
@@ -255,7 +282,7 @@ def _models(group: str, rows: list[dict[str, Any]]) -> str:
         held = ", ".join(f"{kind} {count / 2**30:.2f}" for kind, count in (row["memory"] or {}).items())
         error = ", ".join(f"{key} {value:.1e}" for key, value in (row["error"] or {}).items())
         lines.append([f"{row['case']}: {row['contender']}", rate, ratio, held or MISSING, error or "–"])
-    return table([group, "tokens/s", "time over the first's", "GiB", "relative error"], lines)
+    return [group, "tokens/s", "time over the first's", "GiB", "relative error"], lines
 
 
 def _of_harness(rows: Any) -> bool:

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from .codebook import NESTED_BLOCKSIZE, codebook
+from .codebook import NESTED_BLOCKSIZE, QUANT_TYPES, codebook
 
 if TYPE_CHECKING:
     from .quant_state import QuantState
@@ -43,9 +43,9 @@ def write(state: "QuantState", packed: bool) -> dict[str, Any]:
 
 
 def read(quant_dict: dict[str, Any], device: torch.device | str | None) -> dict[str, Any]:
-    found = {key.rsplit(".", 1)[-1]: value for key, value in quant_dict.items()}
+    found = {str(key).rsplit(".", 1)[-1]: value for key, value in quant_dict.items()}
     if len(found) != len(quant_dict):
-        raise ValueError(f"quant state: found the keys of more than one tensor: {sorted(quant_dict)}")
+        raise ValueError(f"quant state: found the keys of more than one tensor: {sorted(map(str, quant_dict))}")
     json_keys = [key for key in found if key.startswith(_JSON_KEY)]
     if len(json_keys) > 1:
         raise ValueError(f"quant state: found {sorted(json_keys)}, wanted one of them")
@@ -55,7 +55,7 @@ def read(quant_dict: dict[str, Any], device: torch.device | str | None) -> dict[
         raise ValueError(f"quant state: unknown keys {sorted(found)}")
     nested = "nested_absmax" in tensors
     if missing := ({"absmax", "nested_absmax"} if "nested_offset" in meta else {"absmax"}) - tensors.keys():
-        raise ValueError(f"quant state: missing {sorted(missing)}; found {sorted(quant_dict)}")
+        raise ValueError(f"quant state: missing {sorted(missing)}; found {sorted(map(str, quant_dict))}")
     fields = _fields(meta, nested)
     for key, table in (("quant_map", fields["quant_type"]), ("nested_quant_map", "dynamic")):
         if key in tensors and not _same(tensors[key], codebook(table)):
@@ -75,7 +75,7 @@ def _parse(key: str, data: Tensor) -> dict[str, Any]:
         raise ValueError(f"{key}: wanted the bytes of a JSON object in a uint8 tensor of at most {MAX_JSON_BYTES}")
     try:
         meta = json.loads(bytes(data.cpu().reshape(-1).tolist()))
-    except (UnicodeDecodeError, json.JSONDecodeError, RecursionError) as error:
+    except (ValueError, RecursionError) as error:
         raise ValueError(f"{key}: not a JSON object: {error}") from error
     if not isinstance(meta, dict):
         raise ValueError(f"{key}: found a JSON {type(meta).__name__}, wanted an object")
@@ -93,8 +93,11 @@ def _fields(meta: dict[str, Any], nested: bool) -> dict[str, Any]:
     dtype = DTYPES.get(str(meta["dtype"]).removeprefix("torch."))
     if dtype is None:
         raise ValueError(f"dtype: found {meta['dtype']!r}, wanted one of {tuple(DTYPES)}")
+    # its table is a file of that name
+    if not isinstance(meta["quant_type"], str) or meta["quant_type"] not in QUANT_TYPES:
+        raise ValueError(f"quant_type: found {meta['quant_type']!r}, wanted one of {QUANT_TYPES}")
     shape = meta["shape"]
-    if not isinstance(shape, (list, tuple)) or not all(type(d) is int and d >= 0 for d in shape):
+    if not isinstance(shape, (list, tuple)) or not all(type(d) is int and 0 <= d < 2**63 for d in shape):
         raise ValueError(f"shape: found {shape!r}, wanted a list of sizes")
     if math.prod(shape) >= 2**63:
         raise ValueError(f"shape: {shape!r} has 2**63 elements or more")

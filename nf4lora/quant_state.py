@@ -54,8 +54,8 @@ class QuantState:
             raise ValueError(f"quant_type: found {self.quant_type!r}, wanted one of {QUANT_TYPES}")
         if type(self.blocksize) is not int or self.blocksize not in BLOCKSIZES:
             raise ValueError(f"blocksize: found {self.blocksize!r}, wanted one of {BLOCKSIZES}")
-        if self.nested_blocksize != NESTED_BLOCKSIZE:
-            raise ValueError(f"nested_blocksize: found {self.nested_blocksize}, wanted {NESTED_BLOCKSIZE}")
+        if type(self.nested_blocksize) is not int or self.nested_blocksize != NESTED_BLOCKSIZE:
+            raise ValueError(f"nested_blocksize: found {self.nested_blocksize!r}, wanted {NESTED_BLOCKSIZE}")
         if self.dtype not in DTYPES.values():
             raise TypeError(f"dtype: found {self.dtype}, wanted one of {tuple(DTYPES)}")
         if (self.offset is None) != (self.nested_absmax is None):

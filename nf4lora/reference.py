@@ -45,7 +45,7 @@ def dequantize_absmax(absmax: Tensor, nested_absmax: Tensor | None, offset: Tens
         return absmax.view(torch.float32)
     nested_absmax, offset = nested_absmax.view(torch.float32), offset.view(torch.float32)
     scale = nested_absmax.repeat_interleave(NESTED_BLOCKSIZE)[: absmax.numel()]
-    return codebook("dynamic", absmax.device)[absmax.int()] * scale + offset
+    return codebook("dynamic", absmax.device)[absmax.reshape(-1).int()] * scale + offset
 
 
 def dequantize(

@@ -88,7 +88,7 @@ def base_tensors(demo):
 def test_the_adapter_gives_the_measured_loss_again_bit_for_bit(demo):
     result, folder = demo
     settings = Settings.from_json({**result["settings"], "output": str(folder)})
-    model = methods.build_qlora(folder / "base", settings, getattr(torch, result["compute_dtype"]))
+    model = methods.BUILD["qlora"](folder / "base", settings, getattr(torch, result["compute_dtype"]))
     _, held_out = corpus.prose(settings.seq_len)
     run = start(model, held_out, settings)
     assert evaluate(run, held_out) == row(demo, "qlora")["before"]

@@ -14,10 +14,12 @@ from commands import in_process
 
 from nf4lora.hf.checkpoint import read
 
+HERE = Path(__file__).parent
 TORCHRUN = ("-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", "-m")
 # --multi_gpu is the launcher of several processes; there being no GPU, accelerate takes gloo
 ACCELERATE = ("-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes=2", "--num_machines=1", "--mixed_precision=no",
               "--dynamo_backend=no", "--main_process_port=0", "-m")  # fmt: skip
+SHARDED = TORCHRUN[:-1]
 OPTIONS = {  # --r alone is an option of the launchers, cut short
     "--rank": 4, "--dropout": 0, "--lr": 5e-3, "--max-steps": 4, "--grad-accum": 2, "--seq-len": 48, "--save-steps": 2,
     "--compute-dtype": "float32", "--optim": "adamw_torch",
@@ -50,9 +52,13 @@ def arguments(model, data, output, *flags, **options) -> list[str]:
 
 
 def launched(launcher, *command) -> subprocess.CompletedProcess:
-    # -P is for a library built elsewhere: the launcher's own interpreter would take the source tree
-    environment = os.environ | {"OMP_NUM_THREADS": "1"}
-    return subprocess.run([sys.executable, *launcher, "nf4lora.cli", *command], env=environment, capture_output=True, text=True, timeout=600)
+    program = str(HERE / "finetune_sharded.py") if launcher == SHARDED else "nf4lora.cli"
+    return started(*launcher, program, *command)
+
+
+def started(*command) -> subprocess.CompletedProcess:
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(HERE)}
+    return subprocess.run([sys.executable, *map(str, command)], env=environment, capture_output=True, text=True, timeout=600)
 
 
 def result(done: subprocess.CompletedProcess) -> dict:
@@ -65,7 +71,7 @@ def tensors(output: Path):
 
 
 @pytest.mark.parametrize(("launcher", "method", "flags"), [
-    (TORCHRUN, "qlora", ()), (TORCHRUN, "lora", ("--packing", "--gradient-checkpointing")), (ACCELERATE, "qlora", ()), (TORCHRUN, "adalora", ()),
+    (TORCHRUN, "qlora", ()), (SHARDED, "qlora", ("--gradient-checkpointing",)), (TORCHRUN, "lora", ("--packing", "--gradient-checkpointing")), (ACCELERATE, "qlora", ()), (TORCHRUN, "adalora", ()),
 ])  # fmt: skip
 def test_two_processes_are_as_one(model, data, tmp_path, launcher, method, flags, capsys, monkeypatch):
     command = in_process(capsys, monkeypatch, tmp_path)
@@ -82,21 +88,19 @@ def test_two_processes_are_as_one(model, data, tmp_path, launcher, method, flags
     assert [line["loss"] for line in lines] == two["losses"]  # of one process
 
 
-def test_two_processes_resume_to_equal_bits(model, data, tmp_path):
+@pytest.mark.parametrize("launcher", [TORCHRUN, SHARDED], ids=["ddp", "fsdp2"])
+def test_two_processes_resume_to_equal_bits(model, data, tmp_path, launcher):
     options = {"dropout": 0.1, "batch_size": 2}
-    whole = result(launched(TORCHRUN, *arguments(model, data, tmp_path / "whole", "--json", **options)))
-    half = tmp_path / "half"
-    dies = tmp_path / "dies.py"
+    whole = result(launched(launcher, *arguments(model, data, tmp_path / "whole", "--json", **options)))
+    half, dies = tmp_path / "half", tmp_path / "dies.py"
     dies.write_text(
-        "import os, sys, signal\nfrom nf4lora.cli import app, user\nsave = user.save\n"
+        "import os, sys, signal\nfrom finetune_sharded import Sharded\nfrom nf4lora.cli import app, processes, user\nsave = user.save\n"
         "def save_and_die(root, step, files):\n    save(root, step, files)\n    os.kill(os.getpid(), signal.SIGKILL)\n"
-        "user.save = save_and_die\nsys.exit(app.run())"
+        f"user.save = save_and_die\nif {launcher == SHARDED}: processes.Several = Sharded\nsys.exit(app.run())"
     )
-    environment = os.environ | {"OMP_NUM_THREADS": "1"}
-    killed = subprocess.run([sys.executable, *TORCHRUN[:-1], str(dies), *arguments(model, data, half, **options)],
-                            env=environment, capture_output=True, text=True, timeout=600)  # fmt: skip
+    killed = started(*SHARDED, dies, *arguments(model, data, half, **options))
     assert killed.returncode and [p.name for p in half.glob("checkpoint-*")] == ["checkpoint-2"]
-    again = result(launched(TORCHRUN, *arguments(model, data, half, "--json", "--resume", **options)))
+    again = result(launched(launcher, *arguments(model, data, half, "--json", "--resume", **options)))
     assert again["losses"] == whole["losses"] and read(half / "checkpoint-4") == read(tmp_path / "whole" / "checkpoint-4")
-    alone = subprocess.run([sys.executable, "-m", "nf4lora.cli", *arguments(model, data, half, "--resume", **options)], capture_output=True, text=True)
+    alone = started("-m", "nf4lora.cli", *arguments(model, data, half, "--resume", **options))
     assert alone.returncode == 2 and "was made by 2 processes, now 1; start as many" in alone.stderr

@@ -33,9 +33,9 @@ FLOORS = (
     {"nn", "cases", "optim", "quant_error"},
     {"testing", "starts"},
     {"selftest", "hf"},
-    {"cli"},
+    {"cli", "bench"},
 )
-NEIGHBOURS = {("quant_keys", "codebook"), ("native", "abi"), ("hf", "hf"), ("nn", "nn"), ("cli", "cli"), ("optim", "optim")}
+NEIGHBOURS = {("quant_keys", "codebook"), ("native", "abi"), ("hf", "hf"), ("nn", "nn"), ("cli", "cli"), ("cli", "bench"), ("optim", "optim")}
 # For annotations only, under TYPE_CHECKING
 TYPES = {("quant_keys", "quant_state")}
 
@@ -145,6 +145,27 @@ def test_no_bare_assert_and_no_swallowed_error_in_the_package():
                 assert not (len(node.body) == 1 and isinstance(node.body[0], ast.Pass)), f"{where}: an error passes silently"
             if isinstance(node, ast.Call) and isinstance(node.func, ast.Name):
                 assert node.func.id not in ("eval", "exec", "exit", "quit"), where
+
+
+BANNED = {
+    "subprocess", "multiprocessing", "pty", "socket", "ssl", "http", "urllib", "ftplib", "requests", "httpx", "aiohttp", "pickle", "cloudpickle", "dill",
+    "marshal", "shelve", "runpy", "code",
+}  # fmt: skip
+BANNED_CALLS = re.compile(r"eval|exec|compile|__import__|(os\.(system|popen|exec|spawn|posix_spawn|fork).*)|(importlib\.)?import_module|torch\.(load|hub\..*)")
+# The demo measures each of its runs in a process of its own.
+STARTS = {("cli/demo.py", "subprocess")}
+
+
+def test_nothing_is_evaluated_unpickled_fetched_or_started():
+    found = set()
+    for path in files("nf4lora", suffixes=("*.py",)):
+        for node in ast.walk(ast.parse(path.read_text())):
+            names = [a.name for a in node.names] if isinstance(node, ast.Import) else [node.module or ""] if isinstance(node, ast.ImportFrom) else []
+            names = [n for n in names if n.split(".")[0] in BANNED and not getattr(node, "level", 0)]
+            if isinstance(node, ast.Call) and BANNED_CALLS.fullmatch(called := ast.unparse(node.func)):
+                names.append(called)
+            found |= {(path.relative_to(PACKAGE).as_posix(), name) for name in names}
+    assert found <= STARTS
 
 
 def test_no_global_is_rebound():

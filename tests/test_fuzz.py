@@ -1,5 +1,6 @@
 """F3: the ops with random operands, right and wrong, on the CUDA kernels under AddressSanitizer. See fuzz_ops.py.
-F4: state dicts of optimizers with random damage. See fuzz_optim.py."""
+F1: 4-bit weights with random damage; F2: adapters; F4: state dicts of optimizers; F5: round trips. See fuzz_states.py,
+fuzz_adapters.py, fuzz_optim.py and fuzz_round_trips.py."""
 
 import json
 import os
@@ -27,12 +28,33 @@ def test_no_operands_break_the_kernels(figures):
     assert counts["equal"] > 100 and counts["refused"] > 100
 
 
-def test_no_state_dict_breaks_the_optimizers(figures):
-    command = [sys.executable, "-m", "fuzz_optim", "--seconds", SECONDS]
+def counted(module, figures, sentence):
+    """What a target made of random cases, for as long as they are given; any finding fails."""
     path = os.pathsep.join(filter(None, (str(HERE), os.environ.get("PYTHONPATH"))))
+    command = [sys.executable, "-m", module, "--seconds", SECONDS]
     done = subprocess.run(command, env=os.environ | {"PYTHONPATH": path}, cwd=HERE, capture_output=True, text=True, timeout=600, check=False)
     assert done.returncode == 0, (done.stdout[-3000:], done.stderr[-3000:])
     counts = json.loads(done.stdout.splitlines()[-1])
     for outcome, number in counts.items():
-        figures[f"F4: damaged state dicts of optimizers, {outcome}"] += number
+        figures[f"{sentence}, {outcome}"] += number
+    return counts
+
+
+def test_no_weights_break_what_reads_them(figures):
+    counts = counted("fuzz_states", figures, "F1: damaged 4-bit weights")
+    assert all(counts[f"{kind} {outcome}"] > 10 for kind in ("state", "layer", "folder") for outcome in ("refused", "taken"))
+
+
+def test_no_adapter_breaks_a_model(figures):
+    counts = counted("fuzz_adapters", figures, "F2: damaged adapters")
+    assert all(counts[outcome] > 10 for outcome in ("ours refused", "ours taken", "by_peft refused by peft", "by_peft taken"))
+
+
+def test_no_state_dict_breaks_the_optimizers(figures):
+    counts = counted("fuzz_optim", figures, "F4: damaged state dicts of optimizers")
     assert counts["refused"] > 100 and counts["taken"] > 20
+
+
+def test_what_is_saved_is_what_is_loaded(figures):
+    counts = counted("fuzz_round_trips", figures, "F5: round trips of random")
+    assert all(counts[kind] > 1 for kind in ("state", "layer", "model", "adapter", "by_peft", "folder"))

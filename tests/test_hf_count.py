@@ -2,6 +2,7 @@
 
 import dataclasses
 
+import bitsandbytes
 import pytest
 import tiny
 import torch
@@ -9,6 +10,7 @@ from peft import LoraConfig, get_peft_model
 from torch import nn
 
 from nf4lora import NF4Linear, NF4LoRALinear, replace_linears
+from nf4lora.hf import store_as_bfloat16
 from nf4lora.hf.count import Parameters, count_parameters
 from nf4lora.hf.experts import quantize_experts_
 
@@ -107,3 +109,21 @@ def test_the_sentence():
     assert str(count_parameters(nn.Identity())).startswith("trainable 0 of 0 parameters")
     with pytest.raises(dataclasses.FrozenInstanceError):
         of.total = 1
+
+
+def test_weights_of_bitsandbytes_and_weights_stored_as_bfloat16():
+    own = replace_linears(llama(), layer=NF4Linear).requires_grad_(False)
+    wanted = count_parameters(own)
+    for storage in (torch.uint8, torch.bfloat16):
+        theirs = llama().requires_grad_(False)
+        for name, m in list(theirs.named_modules()):
+            if isinstance(m, nn.Linear) and name != "lm_head":
+                layer = bitsandbytes.nn.Linear4bit(m.in_features, m.out_features, False, quant_storage=storage, quant_type="nf4")
+                layer.weight = bitsandbytes.nn.Params4bit(m.weight.data, requires_grad=False, quant_storage=storage, quant_type="nf4")
+                theirs.set_submodule(name, layer.to("cpu"))
+        assert count_parameters(theirs) == wanted
+    store_as_bfloat16(own)
+    assert count_parameters(own) == wanted
+    whole = quantize_experts_(moe := tiny.qwen3_moe()) and count_parameters(moe)
+    store_as_bfloat16(moe)
+    assert count_parameters(moe) == whole

@@ -1,4 +1,5 @@
-"""Two processes over gloo give the losses and adapters of one: FSDP2 by torch and by accelerate, DDP, Trainer under accelerate."""
+"""Two processes over gloo give the losses and adapters of one: FSDP2 by torch and by accelerate, DDP, Trainer under accelerate,
+DDP with gradient checkpointing."""
 
 import json
 import os
@@ -14,8 +15,11 @@ HERE = Path(__file__).parent
 ENGINES = {
     "fsdp": "one", "fsdp-offload": "one", "ddp": "one", "fsdp-native": "one-native", "ddp-native": "one-native",
     "fsdp-experts": "one-experts", "accelerate": "one", "accelerate-efficient": "one",
+    "fsdp-bytes": "one-bytes", "fsdp-bf16": "one-bytes", "fsdp-bf16-offload": "one-bytes", "fsdp-bf16-experts": "one-bytes-experts",
+    "fsdp-bf16-policy": "one-bytes",
 }  # fmt: skip
 LOSSES, ADAPTERS = 1e-6, 1e-6
+ROUNDED = 2e-2  # computed in bfloat16
 
 
 def started(*command):
@@ -40,15 +44,27 @@ def folder(tmp_path_factory) -> Path:
 def test_two_processes_are_as_one(folder, engine):
     two, one = (json.loads((folder / name / "found.json").read_text()) for name in (engine, ENGINES[engine]))
     assert len(one["losses"]) == 4 and one["losses"][0] > 4
-    assert max(abs(a - b) for a, b in zip(one["losses"], two["losses"], strict=True)) <= LOSSES
+    assert max(abs(a - b) for a, b in zip(one["losses"], two["losses"], strict=True)) <= (ROUNDED if "policy" in engine else LOSSES)
     adapters, wanted = (torch.load(folder / name / "adapter.pt", weights_only=True) for name in (engine, ENGINES[engine]))
     assert adapters.keys() == wanted.keys() and all("lora_" in name for name in adapters)  # the adapter alone, whole
-    assert max((adapters[name] - wanted[name]).abs().max().item() for name in wanted) <= ADAPTERS
+    differ = max((adapters[name] - wanted[name]).abs().max().item() for name in wanted)
+    assert differ <= (ROUNDED if "policy" in engine else 3 * ADAPTERS if "one-bytes" in ENGINES[engine] else ADAPTERS)
     assert two["intact"]  # every packed byte and constant
     if "ddp" in engine:
         assert two["sharded"] == 0 and two["frozen_bytes_here"] == two["frozen_bytes"]
     else:
         assert two["sharded"] == two["parameters"] and two["frozen_bytes_here"] < 0.52 * two["frozen_bytes"]
+
+
+def test_bytes_that_are_nans_to_bfloat16_are_only_moved(folder):
+    """Stored so they give the very adapters that integers give; what a cast would change is in each layer."""
+    wanted, *others = (
+        torch.load(folder / name / "adapter.pt", weights_only=True) for name in ("fsdp-bytes", "fsdp-bf16", "fsdp-bf16-offload")
+    )
+    for found in others:
+        assert found.keys() == wanted.keys() and all(torch.equal(found[name], wanted[name]) for name in wanted)
+    nans = torch.tensor([0x7F81, 0xFF81], dtype=torch.int32).to(torch.int16).view(torch.bfloat16)
+    assert nans.isnan().all() and not torch.equal(nans.float().to(torch.bfloat16).view(torch.int16), nans.view(torch.int16))
 
 
 @pytest.mark.parametrize("optim", ["PagedAdamW8bit", "PagedAdamW"])
@@ -63,3 +79,30 @@ def test_trainer_under_accelerate_launch(tmp_path, optim):
     assert len(one["losses"]) == 4 and max(abs(a - b) for a, b in zip(one["losses"], two["losses"], strict=True)) <= 1e-5
     for name in ("one", "two"):
         assert (tmp_path / name / "checkpoint-4" / "adapter_model.safetensors").is_file()
+
+
+@pytest.fixture(scope="module")
+def checkpointed(tmp_path_factory) -> tuple[dict, dict]:
+    at = tmp_path_factory.mktemp("checkpointed")
+    started(HERE / "ddp_checkpointing.py", at / "one")
+    launched(HERE / "ddp_checkpointing.py", at / "two")
+    return torch.load(at / "one"), torch.load(at / "two")
+
+
+@pytest.mark.parametrize("layers", ["fused", "native"])
+def test_row37_ddp_with_gradient_checkpointing(checkpointed, layers):
+    """As one process; or, where a parameter would be "marked ready twice", torch's own error, as on plain linears."""
+    one, two = checkpointed
+    refused = 0
+    for combination in [c for kind, *c in one if kind == layers]:
+        alone, both, plain = one[layers, *combination], two[layers, *combination], two["plain", *combination]
+        if isinstance(plain, str):
+            assert both == plain == "Expected to mark a variable ready only once", combination
+            refused += 1
+            continue
+        assert alone.keys() == both.keys() and len(alone) == 28
+        for name, grad in alone.items():
+            assert grad.any() and (grad - both[name]).abs().max() <= ADAPTERS, (combination, name)
+        if layers == "fused":
+            assert max((both[name] - plain[name]).abs().max() for name in plain) <= 1e-5, combination
+    assert refused == 2  # reentrant, where unused parameters are looked for

@@ -540,28 +540,6 @@ def test_peft_without_us_loads_them_on_a_bf16_base(tmp_path):
 # -- bad input
 
 
-def as_pickle(folder):
-    torch.save(safetensors.torch.load_file(folder / "adapter_model.safetensors"), folder / "adapter_model.bin")
-    (folder / "adapter_model.safetensors").unlink()
-
-
-def test_a_pickle_is_refused_on_our_base_only(tmp_path):
-    lora().save_pretrained(tmp_path / "a")
-    as_pickle(tmp_path / "a")
-    there = re.escape(str(tmp_path / "a" / "adapter_model.bin"))
-    ours = f"{there}: found an adapter in a pickle file, which can run code"
-    with pytest.raises(ValueError, match=ours):
-        PeftModel.from_pretrained(base(), tmp_path / "a")
-    with pytest.raises(ValueError, match=ours):
-        lora().load_adapter(tmp_path / "a", "second")
-    with pytest.raises(ValueError, match=ours):
-        peft.utils.hotswap.hotswap_adapter(lora(), str(tmp_path / "a"), "default", torch_device="cpu")
-    with pytest.raises(ValueError, match=ours):
-        base().load_adapter(str(tmp_path / "a"), use_safetensors=False)
-    assert len(layers(PeftModel.from_pretrained(tiny.llama(), tmp_path / "a"))) == 4
-    tiny.llama().load_adapter(str(tmp_path / "a"), use_safetensors=False)
-
-
 def test_an_adapter_of_another_model_names_what_does_not_fit(tmp_path):
     lora(replace_linears(tiny.llama(dtype=torch.float32, hidden_size=32), layer=NF4Linear)).save_pretrained(
         tmp_path / "a"

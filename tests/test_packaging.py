@@ -18,7 +18,7 @@ NVCC = shutil.which("nvcc")
 needs_nvcc = pytest.mark.skipif(not NVCC, reason="nvcc builds the CUDA library")
 # Nothing, or one architecture, as the kernels of every architecture are compiled by the install under test anyway.
 NO_CUDA, ONE_ARCH = {"NF4LORA_CUDA_ARCHS": ""}, {"NF4LORA_CUDA_ARCHS": "80"}
-TREE = ["pyproject.toml", "setup.py", "README.md", "csrc", "triton_kernels", "nf4lora"]
+TREE = ["pyproject.toml", "setup.py", "README.md", "csrc", "triton_kernels", "bench", "nf4lora"]
 
 
 def run(*command, cwd, **env):
@@ -70,8 +70,9 @@ def test_wheel_serves_every_python_and_torch(wheel):
 def test_wheel_holds_the_package_and_nothing_beside_it(wheel):
     names = zipfile.ZipFile(wheel).namelist()
     assert {n.split("/")[0] for n in names if ".dist-info/" not in n} == {"nf4lora"}
-    for wanted in ("libnf4lora_cpu.so", "nf4_codebook.csv", "nn/lora.py", "cli/__init__.py", "triton_kernels/__init__.py"):
+    for wanted in ("libnf4lora_cpu.so", "nf4_codebook.csv", "nn/lora.py", "cli/__init__.py", "triton_kernels/__init__.py", "bench/suite.py"):
         assert f"nf4lora/{wanted}" in names
+    assert not [n for n in names if "results" in n]
     assert ("nf4lora/libnf4lora_cuda.so" in names) == (NVCC is not None)
 
 
@@ -89,10 +90,36 @@ except ModuleNotFoundError:
 """
 
 
-def test_wheel_runs_where_it_is_installed(wheel, tmp_path):
-    checked(sys.executable, "-m", "pip", "install", "--no-deps", "--no-index", "--target", tmp_path / "site", wheel, cwd=tmp_path)
-    out = checked(sys.executable, "-c", PROBE, cwd=tmp_path, PYTHONPATH=str(tmp_path / "site"))
-    assert out.startswith(f"ok {tmp_path}")
+@pytest.fixture(scope="module")
+def site(wheel, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("site")
+    checked(sys.executable, "-m", "pip", "install", "--no-deps", "--no-index", "--target", folder, wheel, cwd=folder)
+    return folder
+
+
+def test_wheel_runs_where_it_is_installed(site, tmp_path):
+    out = checked(sys.executable, "-c", PROBE, cwd=tmp_path, PYTHONPATH=str(site))
+    assert out.startswith(f"ok {site}")
+
+
+BENCH = """
+import sys
+from nf4lora.bench import suite
+from nf4lora.cli.app import run
+assert suite.__file__.startswith(sys.argv.pop()), suite.__file__
+suite.QUICK = suite.Quick(shape=(96, 64), rounds=1)
+sys.exit(run())
+"""
+
+
+def test_wheel_brings_its_benchmarks(site, tmp_path):
+    """In a folder that holds nothing, and inside somebody else's history."""
+    if shutil.which("git"):
+        checked("git", "init", "-q", cwd=tmp_path)
+    out = checked(sys.executable, "-c", BENCH, "bench", "quantize", "--device", "cpu", site, cwd=tmp_path, PYTHONPATH=str(site))
+    assert "│ quantize 96 × 64" in out and "commit unknown" in out and "saved in nf4lora-bench" in out
+    assert [p.name for p in (tmp_path / "nf4lora-bench").iterdir()] == ["cpu_quantize.json"]
+    assert not (site / "nf4lora" / "bench" / "results").exists()
 
 
 @needs_nvcc

@@ -16,11 +16,12 @@ import torch.distributed as dist
 from torch import nn
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
 from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.fsdp import CPUOffloadPolicy, fully_shard
+from torch.distributed.fsdp import CPUOffloadPolicy, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 
 from nf4lora import NF4Linear, NF4LoRALinear, replace_linears
+from nf4lora.hf import quantize_experts_, store_as_bfloat16  # and the fused layers
 
 STEPS, BATCH = 4, 4
 
@@ -28,16 +29,20 @@ STEPS, BATCH = 4, 4
 def build(native: bool, experts: bool) -> nn.Module:
     model = (tiny.qwen3_moe if experts else tiny.llama)(dtype=torch.float32)
     if experts:
-        from nf4lora.hf import quantize_experts_
-
         quantize_experts_(model)
     if native:
         return replace_linears(model.requires_grad_(False), layer=NF4LoRALinear, r=4)
-    import nf4lora.hf  # noqa: F401 (fused layers)
-
     replace_linears(model, layer=NF4Linear).requires_grad_(False)
     targets = ["q_proj", "k_proj", "v_proj", "o_proj"] + ([] if experts else ["gate_proj", "up_proj", "down_proj"])
     return peft.get_peft_model(model, peft.LoraConfig(r=4, target_modules=targets, task_type="CAUSAL_LM"))
+
+
+def plant_nans(model: nn.Module) -> None:
+    """Codes that are NaNs as bfloat16, quiet and signalling ones of both signs: what a float-aware copy would rewrite."""
+    nans = torch.tensor([0x7F81, 0xFF81, 0x7FC1, 0xFFFF, 0x7FBF], dtype=torch.int32).to(torch.int16).view(torch.uint8)
+    for layer in model.modules():
+        if isinstance(layer, NF4Linear):
+            layer.weight.data.view(-1)[: nans.numel()] = nans
 
 
 def layers_of(model: nn.Module) -> nn.ModuleList:
@@ -63,10 +68,14 @@ def by_accelerate(model: nn.Module, efficient: bool) -> nn.Module:
 def run(engine: str, folder: Path, rank: int, size: int) -> None:
     torch.manual_seed(0)
     model = build("native" in engine, "experts" in engine)
+    if "bytes" in engine or "bf16" in engine:
+        plant_nans(model)
     whole = {name: p.detach().clone() for name, p in model.named_parameters()}
     for name, p in model.named_parameters():
         if p.requires_grad and "lora_B" in name:
             p.data.normal_(std=0.02)
+    if "bf16" in engine:
+        store_as_bfloat16(model)
     wrapped = model
     if size > 1:
         if "ddp" in engine:
@@ -77,6 +86,8 @@ def run(engine: str, folder: Path, rank: int, size: int) -> None:
             options = {"mesh": init_device_mesh("cpu", (size,))}
             if "offload" in engine:
                 options["offload_policy"] = CPUOffloadPolicy(pin_memory=False)
+            if "policy" in engine:
+                options["mp_policy"] = MixedPrecisionPolicy(param_dtype=torch.bfloat16)
             for layer in layers_of(model):
                 fully_shard(layer, **options)
             fully_shard(model, **options)
@@ -92,20 +103,27 @@ def run(engine: str, folder: Path, rank: int, size: int) -> None:
         if size > 1:
             dist.all_reduce(mean)
         losses.append(mean.item() / size)
+    bits = torch.bfloat16 if "bf16" in engine else None
+    frozen = [n for n, p in model.named_parameters() if not p.is_floating_point() or p.dtype == bits]
     sharded = sorted(name for name, p in model.named_parameters() if isinstance(p, DTensor))
     local = {n: p.to_local() if isinstance(p, DTensor) else p for n, p in model.named_parameters()}
     found = {
         "losses": losses, "sharded": len(sharded), "parameters": len(whole),
-        "frozen_bytes_here": sum(p.nbytes for n, p in local.items() if not whole[n].is_floating_point()),
+        "frozen_bytes_here": sum(local[n].nbytes for n in frozen),
         "frozen_bytes": sum(p.nbytes for p in whole.values() if not p.is_floating_point()),
     }  # fmt: skip
-    intact = True
-    for name, p in model.named_parameters():
-        if not whole[name].is_floating_point():
-            full = p.full_tensor() if isinstance(p, DTensor) else p
-            intact &= torch.equal(full.cpu(), whole[name])
+    intact = len(frozen) == sum(not p.is_floating_point() for p in whole.values())
+    for name, p in ((n, model.get_parameter(n)) for n in frozen):
+        full = p.full_tensor() if isinstance(p, DTensor) else p
+        wanted = whole[name.removesuffix("_bf16")].reshape(-1).view(torch.uint8)
+        intact &= torch.equal(full.cpu().reshape(-1).view(torch.uint8)[: wanted.numel()], wanted)
     found["intact"] = bool(intact)
     every = StateDictOptions(full_state_dict=True, cpu_offload=True, ignore_frozen_params=True)
+    if bits and size > 1:  # all of them, as checkpoints of torch have them
+        state = get_model_state_dict(model, options=StateDictOptions(full_state_dict=True, cpu_offload=True))
+        for name in frozen if rank == 0 else ():
+            wanted = whole[name.removesuffix("_bf16")].reshape(-1).view(torch.uint8)
+            found["intact"] &= torch.equal(state[name].view(torch.uint8)[: wanted.numel()], wanted)
     state = get_model_state_dict(model, options=every) if size > 1 else {
         n: p.detach() for n, p in model.named_parameters() if p.requires_grad
     }  # fmt: skip

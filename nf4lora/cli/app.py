@@ -4,6 +4,7 @@ import sys
 
 import typer
 
+from .bench import bench
 from .compare import compare
 from .doctor import doctor
 from .errors import errors
@@ -18,7 +19,7 @@ app = typer.Typer(
     name="nf4lora", help="QLoRA fine-tuning on NF4 kernels.", no_args_is_help=True, add_completion=False,
     pretty_exceptions_enable=False, rich_markup_mode=None,
 )  # fmt: skip
-for command in (finetune, plan, quantize, merge, export, compare, errors, doctor):
+for command in (finetune, plan, quantize, merge, export, compare, bench, errors, doctor):
     app.command()(command)
 
 

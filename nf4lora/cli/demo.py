@@ -24,7 +24,7 @@ def run(settings: Settings, as_json: bool) -> None:
     output = Path(settings.output)
     (output / "logs").mkdir(exist_ok=True)
     try:
-        results = {method: _process(method, settings, output) for method in ("pretrain", *METHODS)}
+        results = {method: run_method(method, settings) for method in ("pretrain", *METHODS)}
     except KeyboardInterrupt:
         raise Stopped("the demonstration keeps no checkpoints; run it again") from None
     base, runs = results["pretrain"], {method: results[method] for method in METHODS}
@@ -47,12 +47,15 @@ def run(settings: Settings, as_json: bool) -> None:
         print(f"saved in {output}: results.json, table.md, loss.png, adapter/ (PEFT), base/")
 
 
-def _process(method: str, settings: Settings, output: Path) -> dict[str, Any]:
-    """Run one method in a process of its own and show its progress. Returns its result."""
+def run_method(method: str, settings: Settings) -> dict[str, Any]:
+    """Run "pretrain" or a method of `methods.BUILD` in a process of its own and show its progress. Returns its result.
+
+    The output folder has logs/, and for a method the base that "pretrain" left. Raises: UserError, RunFailed.
+    """
     name = NAMES[method]
     # -P: run from a source tree, it would else import that tree, which may hold no kernels
     command = [sys.executable, "-P", "-m", "nf4lora.cli.methods", method, json.dumps(settings.as_json())]
-    log = output / "logs" / f"{method}.log"
+    log = Path(settings.output) / "logs" / f"{method}.log"
     result = error = None
     # OpenMP threads that spin long while they wait make a busy machine several times slower, and ones that never spin an
     # idle machine twice as slow

@@ -63,7 +63,7 @@ def finetune(
     max_grad_norm: Annotated[float | None, _option("max_grad_norm", "Gradients are clipped to this norm.")] = None,
     epochs: Annotated[float | None, _option("epochs", "Passes over the data, unless --max-steps is given.")] = None,
     max_steps: Annotated[int | None, _option("max_steps", "Optimizer steps.")] = None,
-    batch_size: Annotated[int | None, _option("batch_size", "Sequences in a forward.")] = None,
+    batch_size: Annotated[int | None, _option("batch_size", "Sequences in a forward of each process.")] = None,
     grad_accum: Annotated[int | None, _option("grad_accum", "Forwards in an optimizer step.")] = None,
     seq_len: Annotated[int | None, _option("seq_len", "Tokens in a sequence.")] = None,
     loss_on: Annotated[

@@ -11,13 +11,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
-from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
+from torch import Tensor
+from transformers import LlamaConfig, LlamaForCausalLM
 
 from ..hf.adapter import save_adapter
 from . import corpus
 from . import model as models
 from .compute import compute_dtype, device
+from .demo_models import BUILD, RATE
 from .memory import peak_bytes
 from .progress import Meter, memory_in_use
 from .settings import RunFailed, Settings, UserError
@@ -27,66 +28,15 @@ MODEL = dict(
     vocab_size=256, hidden_size=256, intermediate_size=704, num_hidden_layers=3, num_attention_heads=4,
     num_key_value_heads=4, max_position_embeddings=512, bos_token_id=None, eos_token_id=None, pad_token_id=None,
 )  # fmt: skip
-PRETRAIN = dict(lr=2e-3, max_steps=600, batch_size=4, grad_accum=1, seq_len=128, max_grad_norm=1.0)
+PRETRAIN = dict(lr=2e-3, batch_size=4, grad_accum=1, seq_len=128, max_grad_norm=1.0)
+PRETRAIN_STEPS = 600  # at most; three times as many as the tuning's
 EVALUATIONS = 6
-FULL_RATE = 0.25  # of --lr: with every weight moving, the rate that suits adapters is too high
-
-
-class Bf16Linear(nn.Linear):
-    """A frozen linear that keeps its weight in bfloat16 and computes in x's dtype: what LoRA's base is, without 4 bits."""
-
-    def forward(self, x: Tensor) -> Tensor:
-        return _Product.apply(x, self.weight)
-
-
-class _Product(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, weight: Tensor) -> Tensor:
-        ctx.save_for_backward(weight)  # not its float32 copy, which autograd would keep
-        return x @ weight.to(x.dtype).t()
-
-    @staticmethod
-    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor, None]:
-        (weight,) = ctx.saved_tensors
-        return dy @ weight.to(dy.dtype), None
-
-
-def build_full(base: Path, settings: Settings, compute: torch.dtype) -> nn.Module:
-    """Every weight trains, in float32: in bfloat16 the steps of AdamW would round away."""
-    return AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32)
-
-
-def build_lora(base: Path, settings: Settings, compute: torch.dtype) -> nn.Module:
-    """peft's LoRA on the base's bfloat16 linears; the rest in the compute dtype."""
-    from peft import LoraConfig, get_peft_model
-
-    model = AutoModelForCausalLM.from_pretrained(base, dtype=compute)
-    for name, linear in [(n, m) for n, m in model.named_modules() if isinstance(m, nn.Linear) and n != "lm_head"]:
-        frozen = Bf16Linear(linear.in_features, linear.out_features, bias=False, device="meta")
-        frozen.weight = nn.Parameter(linear.weight.detach().to(torch.bfloat16), requires_grad=False)
-        model.set_submodule(name, frozen)
-    targets = settings.target_modules
-    config = LoraConfig(
-        r=settings.r, lora_alpha=settings.alpha, lora_dropout=settings.dropout, task_type="CAUSAL_LM",
-        target_modules=targets[0] if targets == ("all-linear",) else list(targets), exclude_modules=["lm_head"],
-    )  # fmt: skip
-    torch.manual_seed(settings.seed)
-    return get_peft_model(model, config)
-
-
-def build_qlora(base: Path, settings: Settings, compute: torch.dtype) -> nn.Module:
-    """NF4LoRALinears, with double quantization, of the same base."""
-    model = AutoModelForCausalLM.from_pretrained(base, dtype=torch.bfloat16)
-    return models.prepare(model, settings, device(), compute)
-
-
-BUILD = {"full": build_full, "lora": build_lora, "qlora": build_qlora}
 
 
 def pretrain(settings: Settings, emit: Any) -> dict[str, Any]:
     """Train the base on code from scratch and save it in bfloat16."""
     torch.manual_seed(settings.seed)
-    settings = replace(settings, **PRETRAIN)
+    settings = replace(settings, max_steps=min(PRETRAIN_STEPS, 3 * settings.max_steps), **PRETRAIN)
     trained, held_out = corpus.code(settings.seq_len)
     model = LlamaForCausalLM(LlamaConfig(**MODEL)).to(device())
     run = start(model, trained, settings)
@@ -101,13 +51,9 @@ def pretrain(settings: Settings, emit: Any) -> dict[str, Any]:
 def tune(method: str, settings: Settings, emit: Any) -> dict[str, Any]:
     """Fine-tune the base on prose by one method. Returns its row of the table and its curves."""
     where = device()
-    if method == "full":
-        settings = replace(settings, lr=settings.lr * FULL_RATE)
     compute, why = compute_dtype(where, settings.compute_dtype)
-    trained, held_out = corpus.prose(settings.seq_len)
-    model = BUILD[method](Path(settings.output) / "base", settings, compute).to(where)
-    mixed = compute if method == "full" and compute != torch.float32 else None
-    run = start(model, trained, settings, mixed)
+    run, held_out = prepared(method, settings, compute)
+    model, settings = run.model, run.settings
     curve = [(0, evaluate(run, held_out))]
     emit({"held_out": curve[-1]})
 
@@ -130,12 +76,23 @@ def tune(method: str, settings: Settings, emit: Any) -> dict[str, Any]:
     }  # fmt: skip
 
 
+def prepared(method: str, settings: Settings, compute: torch.dtype) -> tuple[Run, Tensor]:
+    """A run at step 0 by `method` on the base of the output folder, at the method's own rate, and the held-out blocks."""
+    settings = replace(settings, lr=settings.lr * RATE[method])
+    trained, held_out = corpus.prose(settings.seq_len)
+    model = BUILD[method](Path(settings.output) / "base", settings, compute).to(device())
+    run = start(model, trained, settings, compute if method == "full" and compute != torch.float32 else None)
+    if run.adaptive:
+        run.adaptive.begin(0)
+    return run, held_out
+
+
 def _loop(run: Run, emit: Any, after: Any = lambda: None) -> Meter:
     meter = Meter()
     while run.step < run.steps:
         with meter:
             loss = train_step(run)
-        meter.tokens += run.tokens_per_step
+        meter.tokens += run.settings.batch_size * run.settings.grad_accum * run.settings.seq_len
         memory = memory_in_use(run.device)
         emit({"step": run.step, "steps": run.steps, "loss": loss, "tokens_per_s": meter.tokens_per_s, "memory": memory})
         after()

@@ -6,7 +6,15 @@ import time
 from typing import Any, Self
 
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+from rich.progress import (
+    BarColumn,
+    DownloadColumn,
+    MofNCompleteColumn,
+    Progress,
+    TextColumn,
+    TimeElapsedColumn,
+    TimeRemainingColumn,
+)
 
 console = Console(stderr=True)
 
@@ -35,6 +43,36 @@ class Bar:
         self._progress.update(self._task, completed=step, text=text)
         if self._lines and (step == self._steps or step % max(self._steps // 10, 1) == 0):
             console.print(f"{self._name}: step {step}/{self._steps}  {text}", highlight=False)
+
+
+class Later:
+    """A bar for what may be over at once: it shows after a second. Where stderr is no terminal, a line every ten percent."""
+
+    def __init__(self, name: str) -> None:
+        self._name, self._since, self._said = name, time.monotonic(), 0
+        columns = (TextColumn(name), BarColumn(), DownloadColumn(), TimeRemainingColumn())
+        self._progress = Progress(*columns, console=console, transient=True) if console.is_terminal else None
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        if self._progress:
+            self._progress.stop()
+
+    def update(self, done: int, total: int) -> None:
+        """`done` of `total` bytes."""
+        if time.monotonic() - self._since < 1:
+            return
+        if self._progress is None:
+            if (tenth := 10 * done // total) > self._said:
+                self._said = tenth
+                console.print(f"{self._name}: {10 * tenth} % of {total:,} bytes", highlight=False)
+            return
+        if not self._progress.tasks:
+            self._progress.add_task(self._name, total=total)
+            self._progress.start()
+        self._progress.update(self._progress.tasks[0].id, completed=done)
 
 
 class Meter:

@@ -7,7 +7,11 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-NAMES = {"pretrain": "pre-training", "full": "full fine-tuning", "lora": "bf16 LoRA", "qlora": "QLoRA (NF4)"}
+NAMES = {
+    "pretrain": "pre-training", "full": "full fine-tuning", "lora": "bf16 LoRA", "qlora": "QLoRA (NF4)",
+    "adalora": "AdaLoRA (NF4)", "ia3": "IA3 (NF4)", "prefix": "prefix (NF4)", "p-tuning-v2": "P-tuning v2 (NF4)",
+    "prompt": "prompt (NF4)", "p-tuning": "P-tuning (NF4)",
+}  # fmt: skip
 _STORED = {"full": "float32", "lora": "bfloat16", "qlora": "NF4 + double quant."}
 
 COLUMNS = (

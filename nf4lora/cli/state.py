@@ -91,7 +91,7 @@ class Saved:
 
     def _restore(self, run: Run) -> None:
         optimizer: dict[int, dict[str, Tensor]] = {}
-        for key, value in self._tensors.items():
+        for key, value in sorted(self._tensors.items()):  # in one order: sharding is done together
             if key.startswith("optimizer."):
                 _, index, name = key.split(".")
                 optimizer.setdefault(int(index), {})[name] = value

@@ -130,8 +130,8 @@ def _read(path: Path, limit: int) -> bytes:
             if not stat.S_ISREG(status.st_mode):
                 raise CheckpointError(f"{path}: not a regular file")
             return file.read(min(limit, status.st_size) + 1)
-    except OSError as error:
-        raise CheckpointError(f"{path}: cannot be read ({error.strerror})") from error
+    except (OSError, MemoryError) as error:
+        raise CheckpointError(f"{path}: cannot be read ({getattr(error, 'strerror', 'larger than memory')})") from error
 
 
 def _no_number(constant: str) -> None:

@@ -2,11 +2,13 @@
 
 from dataclasses import dataclass
 from math import prod
+from typing import Any
 
 from torch import Tensor, nn
 
 from ..nn import NF4Linear
 from ..nn.experts import NF4Experts
+from .bf16_storage import STORED
 
 
 @dataclass(frozen=True)
@@ -63,20 +65,37 @@ def _elements(module: nn.Module) -> dict[int, int]:
     """
     if isinstance(module, NF4Linear):
         sizes = {"weight": (module.out_features, module.in_features)}
+    elif (state := _of_bitsandbytes(module._parameters.get("weight"))) is not None:
+        sizes = {"weight": tuple(state.shape)}
     else:
         sizes = module.stacks if isinstance(module, NF4Experts) else {}
-    codes = {name: getattr(module, name) for name in sizes}
-    return {id(p): prod(sizes[name]) for name, p in codes.items() if not p.is_floating_point()}
+    own = module._parameters
+    codes = {name: own.get(name + STORED, own.get(name)) for name in sizes}
+    return {id(p): prod(sizes[name]) for name, p in codes.items() if _in_4_bits(module, p)}
+
+
+def _of_bitsandbytes(p: Tensor | None) -> Any:
+    """How bitsandbytes decodes a weight of its own that is in 4 bits; None for others."""
+    return getattr(p, "quant_state", None) if type(p).__name__ == "Params4bit" else None
+
+
+def _in_4_bits(module: nn.Module, p: Tensor) -> bool:
+    if not p.is_floating_point() or _of_bitsandbytes(p) is not None:
+        return True
+    return any(module._parameters.get(key + STORED) is p for key in vars(module).get("stored", ()))
 
 
 def _packed(model: nn.Module) -> dict[int, Tensor]:
     """The parameters that hold the 4-bit weights of `model`, by id."""
     holders = [m for m in model.modules() if _elements(m)]
-    return {id(p): p for m in holders for p in m.parameters(recurse=False) if not p.is_floating_point()}
+    return {id(p): p for m in holders for p in m.parameters(recurse=False) if _in_4_bits(m, p)}
 
 
 def _bytes(p: Tensor) -> int:
-    return p.numel() * p.element_size()
+    state = _of_bitsandbytes(p)
+    nested = getattr(state, "state2", None)
+    constants = () if state is None else (state.absmax, *((nested.absmax, state.offset) if nested else ()))
+    return sum(t.numel() * t.element_size() for t in (p, *constants))
 
 
 def _size(count: int) -> str:

@@ -19,7 +19,7 @@ def new_layers(model: nn.Module) -> list[str]:
     """Names of the `NF4Linear`s of which the checkpoint held nothing, such as a new head.
 
     Raises: CheckpointError naming what is missing of a layer of which there is something, and of experts; what is of
-            another size than the format of the layer has.
+            another size or dtype than the format of the layer has.
     """
     new = []
     for name, module in model.named_modules():
@@ -40,8 +40,9 @@ def new_layers(model: nn.Module) -> list[str]:
             )
         for key, t in wanted.items():
             p = needed[key]
-            if not p.is_meta and p.shape != t.shape:
-                raise CheckpointError(f"{name}.{key}: found {list(p.shape)}, wanted {list(t.shape)} for {module}")
+            if not p.is_meta and (p.shape != t.shape or p.dtype != t.dtype):
+                found, format_has = (f"{list(x.shape)}{f' of {x.dtype}' if p.dtype != t.dtype else ''}" for x in (p, t))
+                raise CheckpointError(f"{name}.{key}: found {found}, wanted {format_has} for {module}")
     return new
 
 

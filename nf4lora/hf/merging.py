@@ -47,16 +47,10 @@ def merge_and_unload(
     Raises: TypeError for another model or dtype; ValueError for a base that others have quantized or that is offloaded, and,
             naming the layer, for NaN or Inf with `safe_merge`, where the model stays whole.
     """
-    if dtype not in FLOATS:
-        raise TypeError(f"dtype: found {dtype}, wanted one of {FLOATS}")
-    tuner = _checked(peft_model)
-    if offloaded := [name for name, p in tuner.model.named_parameters() if p.is_meta]:
-        raise ValueError(
-            f"{offloaded[0]}: found it offloaded; merge a model that is loaded without offload in its device_map"
-        )
+    tuner = to_merge(peft_model, dtype)
     if safe_merge:
-        _try(tuner, dtype, adapter_names)
-    return _merged(tuner, Merging(dtype), adapter_names, safe_merge, progressbar)
+        try_merging(tuner, dtype, adapter_names)
+    return merged(tuner, Merging(dtype), adapter_names, safe_merge, progressbar)
 
 
 def merge_in_4bit_(
@@ -81,17 +75,18 @@ def merge_in_4bit_(
         raise ValueError(
             f"peft_model: found {type(peft_model).__name__} without 4-bit layers, wanted one on an NF4 base"
         )
-    _try(tuner, None, adapter_names)
+    try_merging(tuner, None, adapter_names)
     how = Merging(in_4bit=True)
-    model = _merged(tuner, how, adapter_names, False, progressbar)
+    model = merged(tuner, how, adapter_names, False, progressbar)
     parts = {names[packed].replace(".base_layer", ""): part for packed, part in how.requantized.items()}
     total = Requantized(*(sum(part[i] for part in parts.values()) for i in range(3)))
     return MergedIn4Bit(model, {name: _cosine(part) for name, part in parts.items()}, _cosine(total))
 
 
-def _merged(
-    tuner: BaseTuner, how: Merging, adapter_names: list[str] | None, safe: bool, progressbar: bool
+def merged(
+    tuner: BaseTuner, how: Merging, adapter_names: list[str] | None, safe: bool, progressbar: bool = False
 ) -> nn.Module:
+    """The model inside `tuner`, its adapters merged and taken out."""
     token = merging.set(how)
     try:
         return tuner.merge_and_unload(progressbar=progressbar, safe_merge=safe, adapter_names=adapter_names)
@@ -104,11 +99,16 @@ def _tuner_layers(tuner: BaseTuner) -> list[tuple[str, BaseTunerLayer]]:
 
 
 @torch.no_grad()
-def _try(tuner: BaseTuner, dtype: torch.dtype | None, adapter_names: list[str] | None) -> None:
-    """Merge each layer on its own and take it back, so that an error comes before anything is changed."""
+def try_merging(
+    tuner: BaseTuner, dtype: torch.dtype | None, adapter_names: list[str] | None, packed: bool = True
+) -> None:
+    """Merge each layer on its own and take it back, so that an error comes before anything is changed.
+
+    packed: also those on 4 bits.
+    """
     token = merging.set(Merging(dtype or torch.float32))
     try:
-        for name, layer in _tuner_layers(tuner):
+        for name, layer in [(n, m) for n, m in _tuner_layers(tuner) if packed or not on_packed(m)]:
             try:
                 _try_layer(layer, dtype, adapter_names)
             except ValueError as error:
@@ -133,6 +133,18 @@ def _try_layer(layer: BaseTunerLayer, dtype: torch.dtype | None, adapter_names: 
             layer.unmerge()
         for p, data in given:
             p.data = data
+
+
+def to_merge(peft_model: Any, dtype: torch.dtype) -> BaseTuner:
+    """What `merge_and_unload` merges. Raises: as it does."""
+    if dtype not in FLOATS:
+        raise TypeError(f"dtype: found {dtype}, wanted one of {FLOATS}")
+    tuner = _checked(peft_model)
+    if offloaded := [name for name, p in tuner.model.named_parameters() if p.is_meta]:
+        raise ValueError(
+            f"{offloaded[0]}: found it offloaded; merge a model that is loaded without offload in its device_map"
+        )
+    return tuner
 
 
 def _checked(peft_model: Any) -> BaseTuner:

@@ -5,7 +5,7 @@ Unmerging puts the packed base back, which nothing has touched.
 """
 
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from contextvars import ContextVar
 from dataclasses import dataclass, field
@@ -23,11 +23,16 @@ from .hooks import Hooks
 
 @dataclass
 class Merging:
-    """How bases are merged here: the dtype they end in (None for the one they were quantized from), or back in 4 bits."""
+    """How bases are merged here: the dtype they end in (None for the one they were quantized from), or back in 4 bits.
+
+    `later` is called in the place of merging a layer that is right on a 4-bit base, and `rest` decodes what has no adapter.
+    """
 
     dtype: torch.dtype | None = None
     in_4bit: bool = False
     requantized: dict[NF4Linear, Requantized] = field(default_factory=dict)
+    later: Callable[..., None] | None = None
+    rest: Callable[[nn.Module, torch.dtype], None] = decode_rest
 
 
 merging: ContextVar[Merging] = ContextVar("nf4lora_merging", default=Merging())  # noqa: B039 (this one is never changed)
@@ -65,6 +70,8 @@ def _merge(original: Any, layer: BaseTunerLayer, *args: Any, **kwargs: Any) -> A
     holder = _holder(layer)
     if holder is None or isinstance(holder.base_layer, DecodedLinear) and holder.base_layer.busy:
         return original(layer, *args, **kwargs)
+    if merging.get().later and holder is layer and on_packed(layer):
+        return merging.get().later(layer, *args, **kwargs)
     if not isinstance(holder.base_layer, DecodedLinear):
         if hasattr(holder.base_layer, "_hf_hook") and getattr(holder.base_layer._hf_hook, "offload", True):
             raise ValueError(
@@ -158,7 +165,7 @@ def _unload(original: Any, tuner: BaseTuner, merge: bool = True, *args: Any, **k
         _for_good.reset(token)
     put_plain(model)
     if dtype is not None:
-        decode_rest(model, dtype)
+        how.rest(model, dtype)
     return model
 
 

@@ -2,7 +2,6 @@
 
 import os
 import re
-import weakref
 from typing import Any
 
 import torch
@@ -20,9 +19,11 @@ from ..nn.expert_layers import expert_stacks
 from ..quant_keys import DTYPES
 from ..quant_state import ceil_div
 from . import experts
+from .bf16_storage import whole_state
 from .config import METHOD, NF4Config
 from .conversion import FromBitsAndBytes, Quantize, blank, dense
 from .loaded import fetch_integers, fill_biases, make_dense, new_layers, not_converted, one_format
+from .owned import Owned
 from .shards import check_files, check_statistics, packed_dtype
 
 # The bare name last: transformers before 5.18 takes the first that matches.
@@ -41,7 +42,7 @@ _NO_DISK = (
 
 
 @register_quantizer(METHOD)
-class NF4Quantizer(HfQuantizer):
+class NF4Quantizer(Owned, HfQuantizer):
     """Every `nn.Linear` and Conv1D that `NF4Config` does not skip becomes an `NF4Linear`; stacks of experts likewise.
 
     Linears that the checkpoint lacks, such as a new head, stay as they are. Raises: ValueError for tied weights that are
@@ -57,19 +58,9 @@ class NF4Quantizer(HfQuantizer):
     failed: Exception | None = None
     rearranged = False  # whether modules_to_not_convert says what is in 4 bits
     storage = torch.uint8  # of the packed bytes in the checkpoint
-    _model: weakref.ref | None = None
 
     def is_serializable(self, *args: Any, **kwargs: Any) -> bool:
         return True
-
-    @property
-    def is_qat_trainable(self) -> bool:
-        """Whether Trainer may train the model without peft: when it holds adapters of ours."""
-        model = self._model and self._model()
-        return model is not None and any(isinstance(m, NF4LoRALinear) and m.r for m in model.modules())
-
-    def __getstate__(self) -> dict[str, Any]:
-        return {key: value for key, value in self.__dict__.items() if key != "_model"}
 
     def validate_environment(self, *args: Any, device_map: Any = None, **kwargs: Any) -> None:
         if not self.pre_quantized and isinstance(device_map, dict) and "disk" in device_map.values():
@@ -169,11 +160,11 @@ class NF4Quantizer(HfQuantizer):
         experts.save_stacks_whole(model)
         if not self.pre_quantized:
             experts.tell_what_stays(model)
-        self._model = weakref.ref(model)
+        self.owned_by(model)
         return model
 
     def get_state_dict_and_metadata(self, model: PreTrainedModel) -> tuple[dict[str, Tensor], dict[str, str]]:
-        return {**model.state_dict(), SENTENCE: torch.zeros(1, dtype=torch.uint8)}, {}
+        return {**whole_state(model), SENTENCE: torch.zeros(1, dtype=torch.uint8)}, {}
 
     def get_quantize_ops(self) -> Quantize:
         return Quantize(self)

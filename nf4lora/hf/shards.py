@@ -54,22 +54,22 @@ def check_files(files: Iterable[str | os.PathLike], folder: str | os.PathLike | 
 
 
 def check_statistics(files: Iterable[str | os.PathLike], double_quant: bool) -> None:
-    """Look at what is saved beside 4-bit weights. Raises: CheckpointError for statistics of dtypes that the loader would cast,
+    """Look at 4-bit weights and what is saved beside them. Raises: CheckpointError for dtypes that the loader would cast,
     and for adapters of `NF4LoRALinear`, which it would drop."""
     wanted = {"_nested_absmax": "I32", "_nested_offset": "I32", "_absmax": "U8" if double_quant else "I32"}
+    dtypes = {}
     for file in files:
         with safe_open(file, framework="pt") as opened:
-            for key in opened.keys():  # noqa: SIM118 (it is no dict)
-                if key.endswith(".lora_A") and key.removesuffix("lora_A") + "weight_absmax" in opened.keys():  # noqa: SIM118
-                    raise CheckpointError(
-                        f"{file}: found {key}, an adapter of NF4LoRALinear, which from_pretrained would drop; save it with save_adapter, "
-                        "or, to go on from this file, put the layers in with replace_linears and load_state_dict"
-                    )
-                dtype = next((wanted[end] for end in wanted if key.endswith(end)), None)
-                if dtype and (found := opened.get_slice(key).get_dtype()) != dtype:
-                    raise CheckpointError(
-                        f"{file}: {key}: found {found}, wanted {dtype} with double_quant={double_quant}"
-                    )
+            dtypes |= {key: (opened.get_slice(key).get_dtype(), file) for key in opened.keys()}  # noqa: SIM118 (it is no dict)
+    for key, (found, file) in dtypes.items():
+        if key.endswith(".lora_A") and key.removesuffix("lora_A") + "weight_absmax" in dtypes:
+            raise CheckpointError(
+                f"{file}: found {key}, an adapter of NF4LoRALinear, which from_pretrained would drop; save it with save_adapter, "
+                "or, to go on from this file, put the layers in with replace_linears and load_state_dict"
+            )
+        dtype = "U8" if f"{key}_absmax" in dtypes else next((wanted[end] for end in wanted if key.endswith(end)), found)
+        if found != dtype:
+            raise CheckpointError(f"{file}: {key}: found {found}, wanted {dtype} with double_quant={double_quant}")
 
 
 def packed_dtype(files: Iterable[str | os.PathLike]) -> torch.dtype:

@@ -18,9 +18,9 @@ from .. import starts
 from ..nn import NF4Linear
 from ..nn.replace import check_weights
 from .config import NF4Config
-from .experts import quantize_experts_, save_stacks_whole
-from .loaded import not_converted
+from .experts import quantize_experts_
 from .quantizer import NF4Quantizer
+from .saying import say_quantized
 
 # Fields of LoraConfig that these starts go with; any other changes what the adapter computes or where it sits.
 _GOES_WITH = {
@@ -88,7 +88,7 @@ def quantize_with_start(
             del weight
         model.set_submodule(name, layer)
     if isinstance(model, PreTrainedModel):
-        _say_quantized(model, config)
+        say_quantized(model, config)
     peft_model = get_peft_model(model, plain, adapter_name)
     for name, (lora_A, lora_B) in adapters.items():
         _take(model.get_submodule(name), adapter_name, lora_A, lora_B)
@@ -175,15 +175,6 @@ def _skipped(model: nn.Module, config: NF4Config) -> list[str]:
         skip = config.modules_to_not_convert
         return NF4Quantizer.get_modules_to_not_convert(model, skip, model._keep_in_fp32_modules)
     return ["lm_head"] if config.modules_to_not_convert is None else config.modules_to_not_convert
-
-
-def _say_quantized(model: PreTrainedModel, config: NF4Config) -> None:
-    """Leave the model as `from_pretrained` with such a config leaves one, so that it is saved and loaded alike."""
-    config = copy.deepcopy(config)
-    config.modules_to_not_convert = not_converted(model)
-    model.hf_quantizer, model.config.quantization_config = NF4Quantizer(config, pre_quantized=True), config
-    model.is_quantized, model.quantization_method = True, config.quant_method
-    save_stacks_whole(model)
 
 
 def _take(layer: LoraLayer, adapter_name: str, lora_A: torch.Tensor, lora_B: torch.Tensor) -> None:

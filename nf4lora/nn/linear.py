@@ -179,9 +179,9 @@ class NF4Linear(nn.Linear):
                 continue
             for n in names:
                 own, new = getattr(self, n, None), state_dict.get(prefix + n)
-                if own is None or new is None:
+                if own is None or not isinstance(new, Tensor):
                     if own is not new:
-                        wrong.append(f"{'missing' if new is None else 'unexpected'} {prefix}{n}")
+                        wrong.append(f"{'unexpected' if own is None else 'missing' if new is None else f'a {type(new)} as'} {prefix}{n}")
                 elif new.shape != own.shape or (
                     new.dtype != own.dtype and not (new.is_floating_point() and own.is_floating_point())
                 ):

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from ..operands import FLOATS
-from . import skipping
+from . import sharded, skipping
 from .announce import announce
 from .hypers import check_group, numbers_of
 from .memory import Resident
@@ -33,7 +33,8 @@ class FlatOptimizer(torch.optim.Optimizer):
     budget: bytes of state to keep on a device, None for all that there is room for; allow_oversubscription: hold more managed
         memory than a device has free
     Options of torch's and bitsandbytes' optimizers (amsgrad, fused, optim_bits, …) may have the value that asks for nothing.
-    `state` shows each parameter's step and states; other values put there are copied in.
+    `state` shows each parameter's step and states; other values put there are copied in. Of a parameter that FSDP2 shards
+    each process has the states of its share, blocks of 8-bit states within it; those of 32 bits alone are in `state_dict`.
     Raises: ValueError for options and hyper-parameters out of range, and for a parameter of another shape or dtype than at its
         first step; NotImplementedError for sparse gradients, TypeError for other dtypes than float32, bfloat16 and float16 and
         for an option that nobody has; RuntimeError in the capture of a CUDA graph, and where memory for the states is not to
@@ -97,8 +98,8 @@ class FlatOptimizer(torch.optim.Optimizer):
             if p.dtype not in FLOATS or grad.dtype != p.dtype:
                 raise TypeError(f"{name}: found {p.dtype} with a gradient of {grad.dtype}, wanted both one of {FLOATS}")
             if hasattr(p, "to_local"):
-                raise NotImplementedError(f"{name}: found a DTensor, wanted the local tensors of each process")
-            if pool and (p.shape != pool.shapes[p] or p.dtype != pool.kind.dtype or p.device != pool.kind.device):
+                sharded.check(name, p, self._options["skip_nonfinite"])
+            if pool and (sharded.local(p).shape != pool.shapes[p] or p.dtype != pool.kind.dtype or p.device != pool.kind.device):
                 was = f"{pool.kind.dtype} {list(pool.shapes[p])} on {pool.kind.device}"
                 raise ValueError(
                     f"{name}: found a parameter that is {p.dtype} {list(p.shape)} on {p.device} now and was {was} when its states "

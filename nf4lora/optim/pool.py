@@ -11,6 +11,7 @@ from .. import ops
 from ..reference_optim import STATE_BLOCKSIZE
 from .memory import Layout, Memory
 from .pager import Pager
+from .sharded import local
 
 CHUNK_BYTES = 32 << 20  # of all arenas together; one move of the pager
 NAMES = {"adamw": ("state1", "state2"), "lion": ("state1",)}
@@ -47,8 +48,8 @@ class Pool:
         self.rule, self.kind, self.shapes, self.offsets = rule, kind, {}, {}
         numel = 0
         for p in params:
-            self.offsets[p], self.shapes[p] = numel, p.shape
-            numel += -(-p.numel() // STATE_BLOCKSIZE) * STATE_BLOCKSIZE
+            self.offsets[p], self.shapes[p] = numel, local(p).shape
+            numel += -(-self.shapes[p].numel() // STATE_BLOCKSIZE) * STATE_BLOCKSIZE
         dtype = torch.uint8 if kind.bits == 8 else torch.float32
         names = NAMES[rule]
         self.memory = make_memory(Layout(numel, (dtype,) * len(names), CHUNK_BYTES // (dtype.itemsize * len(names))), kind.device)
@@ -91,14 +92,16 @@ class Pool:
         """
         self._backwards = max(self._gradients.values(), default=math.inf)
         self._gradients.clear()
+        moved = params
+        offsets = [self.offsets[p] for p in params]
+        params, grads = [local(p) for p in params], [local(g) for g in grads]
         lying = [p if p.is_contiguous() else p.contiguous() for p in params]
         grads = [g if g.is_contiguous() else g.contiguous() for g in grads]
-        offsets = [self.offsets[p] for p in params]
         if self.pager.fits:
             with self.pager.all() as arenas:
                 self._launch(lying, grads, offsets, slots, hyper_of, arenas, 0, work)
         else:
-            wanted = {chunk: None for p in params for chunk in self.chunks_of(p)}
+            wanted = {chunk: None for p in moved for chunk in self.chunks_of(p)}
             for chunk in self.pager.stepping(list(wanted)):
                 self._step_chunk(chunk, lying, grads, offsets, slots, hyper_of, work)
         for p, copy in zip(params, lying, strict=True):

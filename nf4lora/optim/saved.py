@@ -8,6 +8,7 @@ from torch import Tensor
 from ..codebook import codebook
 from ..reference_optim import STATE_BLOCKSIZE
 from .pool import NAMES
+from .sharded import local
 from .shown import count
 
 CODES = {"state1": "dynamic", "state2": "unsigned_dynamic"}
@@ -44,8 +45,8 @@ def taken(entry: dict[str, Any], p: Tensor, rule: str, bits: int, where: str) ->
         raise ValueError(f"{where}: found {entry!r:.80}, wanted states by name")
     entry = {**entry, **wrapped}
     entry.pop(WRAPPED, None)
-    entry = {_TORCH.get(name, name): value for name, value in entry.items() if name not in _EMPTY}
-    coded = bits == 8
+    entry = {_TORCH.get(name, name): local(value) for name, value in entry.items() if name not in _EMPTY}
+    p, coded = local(p), bits == 8
     blocks = -(-p.numel() // STATE_BLOCKSIZE)
     wanted = {}
     for i, name in enumerate(NAMES[rule], 1):
