@@ -104,3 +104,9 @@ def test_two_processes_resume_to_equal_bits(model, data, tmp_path, launcher):
     assert again["losses"] == whole["losses"] and read(half / "checkpoint-4") == read(tmp_path / "whole" / "checkpoint-4")
     alone = started("-m", "nf4lora.cli", *arguments(model, data, half, "--resume", **options))
     assert alone.returncode == 2 and "was made by 2 processes, now 1; start as many" in alone.stderr
+
+
+@pytest.mark.parametrize(("option", "value", "wanted"), [("optim", "paged_adamw_8bit", "wanted paged_adamw_32bit"), ("method", "adalora", "wanted DDP")])
+def test_what_fsdp2_cannot_have_is_refused(model, data, tmp_path, option, value, wanted):
+    done = launched(SHARDED, *arguments(model, data, tmp_path / "out", batch_size=2, **{option: value}))
+    assert done.returncode and f"nf4lora: error: --{option}: found {value}" in done.stderr and wanted in done.stderr

@@ -7,13 +7,14 @@ from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 from transformers import get_scheduler
 
 from .. import optim
 from .adaptive import Adaptive, is_adaptive
 from .data import IGNORED, Data
 from .processes import Processes
-from .settings import RunFailed, Settings
+from .settings import RunFailed, Settings, UserError
 
 EVAL_BATCH = 32
 
@@ -91,6 +92,8 @@ def start(
     model.train()
     adaptive = Adaptive(model, settings.output, steps, processes.is_main) if is_adaptive(model) else None
     prepared = processes.prepare(model, optimizer)
+    if any(isinstance(p, DTensor) for p in prepared.parameters()):
+        _check_sharded(settings)
     warmup = math.ceil(settings.warmup_ratio * steps)
     # transformers' "constant" knows no warm-up
     name = "constant_with_warmup" if settings.lr_scheduler == "constant" and warmup else settings.lr_scheduler
@@ -98,6 +101,19 @@ def start(
     if processes.rank:  # other dropout than the first process has
         torch.manual_seed(settings.seed + processes.rank)
     return Run(prepared, data, settings, steps, optimizer, scheduler, processes, autocast, adaptive)
+
+
+def _check_sharded(settings: Settings) -> None:
+    """Raises: UserError for what cannot be done, or not be saved, where FSDP2 shards the parameters."""
+    if settings.optim.endswith("8bit"):
+        wanted = settings.optim.replace("8bit", "32bit") if "paged" in settings.optim else "paged_adamw_32bit"
+        raise UserError(
+            f"--optim: found {settings.optim}, whose 8-bit states cannot be saved where FSDP2 shards them; wanted {wanted}"
+        )
+    if settings.method == "adalora":
+        raise UserError(
+            "--method: found adalora under FSDP2, but importances need whole gradients; wanted DDP or one process"
+        )
 
 
 def _optimizer(name: str, params: list[nn.Parameter], lr: float) -> torch.optim.Optimizer:
