@@ -20,11 +20,8 @@ NEEDS_GPU = "Not measured: `python -m bench.gpu_report` on a machine with a GPU 
 # Kernels whose machine code is shown, of bench/codegen.py and bench/codegen_triton.py
 _MACHINE_CODE = {
     "decode_tiles<__nv_bfloat16, true>": "dequantize to bf16, double quantization",
-    "decode_tiles<__nv_bfloat16, false>": "dequantize to bf16",
     "encode_blocks<__nv_bfloat16, (QuantType)0, 8>": "quantize bf16 to NF4, blocksize 64",
-    "encode_blocks<__nv_bfloat16, (QuantType)1, 8>": "quantize bf16 to FP4, blocksize 64",
     "small_kernel<__nv_bfloat16, 8, 1>": "forward small, 8 tokens",
-    "small_kernel<__nv_bfloat16, 16, 1>": "forward small, 16 tokens",
     "linear_tiles<Shape<64, 2, 1>, __nv_bfloat16>": "forward mma, 64 tokens",
     "linear_fwd_kernel<__nv_bfloat16, 128>": "forward wgmma, 128 tokens",
     "dx_kernel<__nv_bfloat16, Plan<16> >": "backward small, mma, 16 tokens",
@@ -53,7 +50,7 @@ def markdown(document: dict[str, Any] | None, tables: int | None = None) -> str 
     if not isinstance(document.get("environment"), dict) or not ("methods" in document or _of_harness(rows)):
         return None
     parts = [table(*shown) for shown in contents(document)]
-    return "\n\n".join([machine(document["environment"]), *parts[:tables], *remarks(document)])
+    return "\n\n".join([headline(document), *parts[:tables], *remarks(document)])
 
 
 def contents(document: dict[str, Any]) -> list[tuple[list[str], list[list[str]]]]:
@@ -80,11 +77,17 @@ def contents(document: dict[str, Any]) -> list[tuple[list[str], list[list[str]]]
 
 
 def remarks(document: dict[str, Any]) -> list[str]:
-    """What such a file says beside its tables: how methods were run, who was not there, what failed."""
-    about = document.get("methods")
-    run = [f"{about['steps']} steps each; speeds taken in turns; load average before: {about['load_before']:.1f}."] if about else []
+    """What such a file says beside its tables: who was not there, what failed."""
     absent = [f"Not there, so not timed: {why}" for why in document.get("absent", ())]
-    return run + absent + [f"Failed, so not timed: {why.splitlines()[0]}" for why in document.get("failed", ())]
+    return absent + [f"Failed, so not timed: {why.splitlines()[0]}" for why in document.get("failed", ())]
+
+
+def headline(document: dict[str, Any]) -> str:
+    """What it was measured on, and how methods were run."""
+    line, about = machine(document["environment"]), document.get("methods")
+    if not about:
+        return line
+    return f"{line[:-1]}; {about['steps']} steps each; speeds taken in turns; load average before: {about['load_before']:.1f}:"
 
 
 def machine(found: dict[str, Any]) -> str:

@@ -472,7 +472,7 @@ def test_readme_is_what_the_report_makes_of_the_results():
     text = (ROOT / "README.md").read_text()
     assert report.renew(text, files.load(ROOT / "bench" / "results")) == text
     regions = {m[2] for m in report.REGION.finditer(text)}
-    assert regions >= {"demo", "cpu_linear", "cpu_quantize", "cuda_quantize"}
+    assert regions >= {"methods", "cpu_linear", "cpu_quantize", "cuda_quantize"}
     assert text.count("<!-- bench:") == text.count("<!-- /bench -->") == len(report.REGION.findall(text))
 
 

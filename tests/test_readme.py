@@ -8,6 +8,7 @@ import tiny
 
 import nf4lora
 import nf4lora.hf
+from nf4lora.bench import displays
 from nf4lora.hf.peft_lora import NF4LoraLinear
 from nf4lora.optim import PagedAdamW8bit
 
@@ -48,6 +49,14 @@ def test_the_commands_are_two_lines_and_the_readme_is_short():
     assert "-c constraints.txt" in first and first.endswith("nf4lora finetune")
     assert "-c constraints.txt" in second and second.endswith("pytest")
     assert len(TEXT.splitlines()) <= 200
+
+
+@pytest.mark.parametrize("name", ["plan", "claims"])
+def test_displays_show_what_the_command_says_now(name):
+    """Their texts, in order; how rich draws them is its own."""
+    kept, now = (re.findall(r">([^<]+)</text>", svg) for svg in ((ROOT / f"bench/results/{name}.svg").read_text(), displays.svg(name)))
+    assert len(kept) > 100 and kept == now
+    assert f"](bench/results/{name}.svg)" in TEXT and "](bench/results/training.svg)" in TEXT
 
 
 def test_numbers_name_a_results_file_that_is_there():

@@ -106,7 +106,7 @@ def _print(document: dict[str, Any]) -> None:
     console = wide_console()
     if not console.is_terminal:
         console.width = 400  # tables of many contenders, unfolded
-    console.print(report.machine(document["environment"]), highlight=False, markup=False)
+    console.print(report.headline(document), highlight=False, markup=False)
     launches = [row for row in document.get("launches", ()) if row["launches"] is not None]  # a CPU has none
     for header, lines in report.contents(document | {"launches": launches}):
         table = Table()

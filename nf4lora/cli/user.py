@@ -175,7 +175,7 @@ def _interruption() -> Iterator[threading.Event]:
 def _summary(result: dict[str, Any]) -> str:
     bits = result["bits_per_quantized_weight"]
     held = f", {bits:.3f} bits a quantized weight" if bits else ""
-    data = ", ".join(f"{count:,} {what}" for what, count in result["data"].items())
+    data = ", ".join(f"{count:,} {what.replace('_', ' ')}" for what, count in result["data"].items() if count)
     return (
         f"loss {result['loss_first']:.4f} -> {result['loss_last']:.4f} in {result['steps']} steps, "
         f"{result['tokens_per_s']:,.0f} tokens/s, computed in {result['compute_dtype']} ({result['compute_dtype_reason']})\n"
