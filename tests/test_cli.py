@@ -13,6 +13,7 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 import nf4lora.cli.errors as error_table
+from nf4lora.cli import app
 from nf4lora.cli.settings import Settings
 
 
@@ -166,6 +167,14 @@ def test_help_names_every_option(nf4lora):
     assert code == 0
     for option in options:
         assert re.search(rf"--{option}[ ,]", out), option
+
+
+def test_every_command_shows_an_example_and_prints_json(nf4lora):
+    commands = [command.callback.__name__ for command in app.app.registered_commands]
+    assert len(commands) == 9
+    for name in commands:
+        code, out, _ = nf4lora(name, "--help")
+        assert code == 0 and f"Example: nf4lora {name} " in " ".join(out.split()) and "--json" in out, name
 
 
 def test_doctor_says_what_is_there_and_why_not(nf4lora):

@@ -13,7 +13,10 @@ SHOWN_FLAGS = ("avx2", "avx512f", "avx512_bf16", "amx_tile", "amx_bf16", "sve", 
 
 
 def doctor(json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False) -> None:
-    """Say which back ends are there and, for each that is not, why; and the versions that a bug report needs."""
+    """Say which back ends are there and, for each that is not, why; and the versions that a bug report needs.
+
+    Example: nf4lora doctor --json > doctor.json
+    """
     found = examine()
     if json:
         print(jsons.dumps(found))

@@ -21,7 +21,10 @@ def errors(
     seed: Annotated[int, typer.Option(help="Of the draws.")] = 0,
     json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
 ) -> None:
-    """Print the quantization errors of NF4, FP4 and INT4 on normal, heavy-tailed and trained weights."""
+    """Print the quantization errors of NF4, FP4 and INT4 on normal, heavy-tailed and trained weights.
+
+    Example: nf4lora errors --demo nf4lora-demo
+    """
     if size < 1:
         raise UserError(f"--size: found {size}, wanted an integer of 1 or more")
     table = [
