@@ -25,8 +25,11 @@ def compare(
 
     Example: nf4lora compare ./Llama-3-8B --most 4 --png errors.png
     """
+    from rich.progress import track
+
     from .. import checks
     from .checkpoints import report
+    from .progress import console
 
     try:
         import bitsandbytes  # noqa: F401 (is it there?)
@@ -40,7 +43,8 @@ def compare(
         raise UserError(f"--most: found {most}, wanted an integer of 1 or more")
     if png is not None and png.suffix != ".png":
         raise UserError(f"--png: found {png}, wanted the path of a .png file")
-    rows = [_row(name, weight, blocksize, quant_type, double_quant) for name, weight in _weights(model, most, json)]
+    weights = track(_weights(model, most, json), "comparing", console=console, transient=True, disable=not console.is_terminal)
+    rows = [_row(name, weight, blocksize, quant_type, double_quant) for name, weight in weights]
     if png is not None:
         _plot(rows, png, f"{quant_type}, blocksize {blocksize}{', double quantization' * double_quant}")
     if json:

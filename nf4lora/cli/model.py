@@ -1,5 +1,6 @@
 """A user's model with adapters on it, the demonstration's with NF4LoRALinears, and what a model weighs."""
 
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -11,6 +12,7 @@ from torch import nn
 from ..hf.experts import quantize_experts_
 from ..nn import NF4Linear, replace_linears
 from ..nn.replace import check_names
+from .progress import console
 from .settings import Settings, UserError
 
 
@@ -98,6 +100,15 @@ def quiet_transformers() -> None:
 
     logging.set_verbosity_error()
     logging.disable_progress_bar()
+    warnings.filterwarnings("ignore", category=FutureWarning, module="transformers")  # of names that peft still uses
+
+
+def show_loading() -> None:
+    """The bar of transformers after all, where a terminal shows it."""
+    from transformers.utils import logging
+
+    if console.is_terminal:
+        logging.enable_progress_bar()
 
 
 def prepare(model: nn.Module, settings: Settings, device: torch.device, compute: torch.dtype) -> nn.Module:

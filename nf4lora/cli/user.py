@@ -43,6 +43,8 @@ def run(settings: Settings, as_json: bool) -> None:
             f"--seq-len: found {settings.seq_len}, wanted at most {longest}, the longest {settings.model} takes"
         )
     compute, why = compute_dtype(together.device, settings.compute_dtype)
+    if together.is_main:
+        models.show_loading()
     base = models.load_base(settings, together.device, compute)
     if data.position_ids is not None:
         check_packing(base, settings.batch_size)
