@@ -144,7 +144,7 @@ def test_bad_input(command, folder, adapter, monkeypatch):
     refused(command("quantize", folder, "x", "--format", "gguf"), "--format", "native, bnb")
     refused(command("quantize", folder, "x", "--blocksize", 65), "--blocksize", "65")
     refused(command("quantize", folder, "x", "--quant-type", "int4"), "--quant-type", "int4")
-    refused(command("quantize", "./nowhere", "x"), "./nowhere is no folder")
+    refused(command("quantize", "./nowhere", "x"), "no such folder: ./nowhere")
     refused(command("quantize", folder, "x", "--skip", "q_proj,k_proj,v_proj,o_proj,gate_proj,up_proj,down_proj,lm_head"), "no linear")
     refused(command("merge", folder, "--out", "x"), "adapter_config.json")
     refused(command("merge", adapter, "--out", "x", "--dtype", "int8"), "--dtype", "bfloat16, float16, float32")

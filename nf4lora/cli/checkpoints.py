@@ -6,10 +6,11 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-from .model import quiet_transformers
+from .model import check_source, loaded, quiet_transformers
 from .settings import UserError
 
-# What reading a checkpoint that is not whole, or not one, raises.
+ABOUT = "nf4lora.json"  # beside an adapter: what its base was, {"base": "nf4" or "dense"}
+# What reading a tokenizer that is not whole, or not one, raises.
 _DAMAGED = (OSError, ValueError, TypeError, KeyError, RuntimeError)
 
 
@@ -24,7 +25,6 @@ def load(source: str, quantization_config: Any = None, dtype: str = "auto", quie
 
     Raises: UserError saying what the folder lacks.
     """
-    from safetensors import SafetensorError
     from transformers import AutoConfig, AutoModelForCausalLM
 
     from ..hf import from_pretrained
@@ -32,15 +32,15 @@ def load(source: str, quantization_config: Any = None, dtype: str = "auto", quie
 
     if quiet:
         quiet_transformers()
-    if not Path(source).is_dir() and (Path(source).exists() or source.startswith((".", "/", "~")) or source.count("/") > 1):
-        raise UserError(f"{source} is no folder; wanted one with config.json and *.safetensors, or a Hub id")
-    try:
-        made_by = auto_class(AutoConfig.from_pretrained(source)) or AutoModelForCausalLM
-        if quantization_config is False:
-            return made_by.from_pretrained(source, dtype=dtype, use_safetensors=True)
-        return from_pretrained(source, quantization_config, made_by, dtype=dtype)
-    except (*_DAMAGED, SafetensorError) as error:
-        raise UserError(f"{source} cannot be loaded ({str(error).strip().splitlines()[0]})") from error
+    check_source("", source)
+    made_by = loaded("", source, lambda path: auto_class(AutoConfig.from_pretrained(path))) or AutoModelForCausalLM
+    if quantization_config is False:
+        return loaded("", source, made_by.from_pretrained, weights=True, dtype=dtype, use_safetensors=True)
+
+    def load_in_4bit(path: str, **kwargs: Any) -> Any:
+        return from_pretrained(path, quantization_config, made_by, **kwargs)
+
+    return loaded("", source, load_in_4bit, weights=True, dtype=dtype)
 
 
 def publish(target: Path, source: str, write: Callable[[Path], Any]) -> None:

@@ -48,6 +48,7 @@ def export(
 def _adapter(source: Path, target: Path) -> None:
     from ..hf.adapter import CONFIG, WEIGHTS
     from ..hf.checkpoint import CheckpointError, parse_json, parse_tensors, publish, read
+    from .checkpoints import ABOUT
 
     try:
         is_ours = (source / "manifest.json").is_file()
@@ -60,4 +61,4 @@ def _adapter(source: Path, target: Path) -> None:
         raise UserError(f"SRC: {source} holds no whole adapter ({error}); wanted a folder with {CONFIG} and {WEIGHTS}") from error
     if target.is_dir():
         target.rmdir()
-    publish(target, {name: data for name, data in files.items() if name in (CONFIG, WEIGHTS, "README.md")})
+    publish(target, {name: data for name, data in files.items() if name in (CONFIG, WEIGHTS, "README.md", ABOUT)})

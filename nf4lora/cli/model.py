@@ -1,5 +1,6 @@
 """A user's model with adapters on it, the demonstration's with NF4LoRALinears, and what a model weighs."""
 
+import hashlib
 import warnings
 from collections.abc import Callable
 from pathlib import Path
@@ -11,6 +12,7 @@ from torch import nn
 
 from ..hf.experts import quantize_experts_
 from ..nn import NF4Linear, replace_linears
+from ..nn.experts import NF4Experts
 from ..nn.replace import check_names
 from .progress import console
 from .settings import Settings, UserError
@@ -21,22 +23,20 @@ def load_tokenizer(settings: Settings) -> Any:
     from transformers import AutoTokenizer
 
     quiet_transformers()
-    source = settings.model
-    if not Path(source).is_dir() and (
-        source.startswith((".", "/", "~")) or source.count("/") > 1 or Path(source).exists()
-    ):
-        raise UserError(
-            f"--model: no such folder: {source}; wanted one with config.json, weights and tokenizer, or a Hub id"
-        )
-    return _loaded(source, AutoTokenizer.from_pretrained)
+    check_source("--model: ", settings.model)
+    return loaded("--model: ", settings.model, AutoTokenizer.from_pretrained)
 
 
 def sizes(settings: Settings) -> tuple[int, int | None]:
     """Rows of the embedding of --model, and the longest sequence it takes, as its config says. Raises: UserError."""
     from transformers import AutoConfig
 
-    config = _loaded(settings.model, AutoConfig.from_pretrained).get_text_config(decoder=True)
-    return config.vocab_size, getattr(config, "max_position_embeddings", None)
+    config = loaded("--model: ", settings.model, AutoConfig.from_pretrained).get_text_config(decoder=True)
+    if not isinstance(rows := getattr(config, "vocab_size", None), int):
+        raise UserError(
+            f"--model: {settings.model} is a {config.model_type}, which has no vocabulary; wanted a language model"
+        )
+    return rows, getattr(config, "max_position_embeddings", None)
 
 
 def load_base(settings: Settings, device: torch.device, compute: torch.dtype) -> nn.Module:
@@ -51,18 +51,22 @@ def load_base(settings: Settings, device: torch.device, compute: torch.dtype) ->
 
     # safetensors only: other weight files are pickles, which can run code
     load = AutoModelForCausalLM.from_pretrained if settings.method == "lora" else from_pretrained
-    model = _loaded(settings.model, load, dtype="auto", use_safetensors=True)
+    model = loaded("--model: ", settings.model, load, weights=True, dtype="auto", use_safetensors=True)
     if settings.method == "lora" and getattr(model, "hf_quantizer", None):
         raise UserError(f"--method: found lora, but {settings.model} is quantized already; wanted qlora or adalora")
     for parameter in model.requires_grad_(False).parameters():
         if parameter.is_floating_point():
             parameter.data = parameter.data.to(compute)
+    for layer in model.modules():
+        if isinstance(layer, (NF4Linear, NF4Experts)):
+            layer.compute_dtype = None  # that of a checkpoint's config, which --compute-dtype overrides
     return model.to(device)
 
 
 def add_adapters(model: nn.Module, settings: Settings, steps: int) -> nn.Module:
     """The base in peft's hands, with --method's adapters for a run of so many steps. Raises: UserError: unknown targets."""
     from peft import AdaLoraConfig, LoraConfig, get_peft_model
+    from transformers.pytorch_utils import Conv1D
 
     targets, every = list(settings.target_modules), settings.target_modules == ("all-linear",)
     options = {
@@ -72,7 +76,7 @@ def add_adapters(model: nn.Module, settings: Settings, steps: int) -> nn.Module:
     torch.manual_seed(settings.seed)
     try:
         if not every:
-            check_names(targets, [name for name, m in model.named_modules() if isinstance(m, nn.Linear)])
+            check_names(targets, [name for name, m in model.named_modules() if isinstance(m, (nn.Linear, Conv1D))])
         if settings.method == "adalora":
             ranks = {"init_r": settings.r, "target_r": settings.target_r or max(settings.r * 2 // 3, 1)}
             config = AdaLoraConfig(total_step=steps, **ranks, **settings.schedule(steps), **options)
@@ -86,12 +90,50 @@ def add_adapters(model: nn.Module, settings: Settings, steps: int) -> nn.Module:
         raise UserError(f"{option}: {text}") from error
 
 
-def _loaded(source: str, loader: Callable[..., Any], **kwargs: Any) -> Any:
+def check_source(option: str, source: str) -> None:
+    """`option` begins the message. Raises: UserError for what can only be meant as a folder, and is none."""
+    if not Path(source).is_dir() and (
+        source.startswith((".", "/", "~")) or source.count("/") > 1 or Path(source).exists()
+    ):
+        raise UserError(
+            f"{option}no such folder: {source}; wanted one with config.json, weights and tokenizer, or a Hub id"
+        )
+
+
+def loaded(option: str, source: str, loader: Callable[..., Any], weights: bool = False, **kwargs: Any) -> Any:
+    """What `loader` makes of a folder or a Hub id.
+
+    Raises: UserError for what cannot be loaded, and, of `weights`, for tensors that are not there: they would be drawn at random.
+    """
+    if weights:
+        kwargs["output_loading_info"] = True
     try:
-        return loader(source, **kwargs)
-    except (OSError, ValueError, TypeError, SafetensorError) as error:
-        reason = str(error).strip().split("\n")[0]
-        raise UserError(f"--model: {source} cannot be loaded ({reason}); wanted a model folder or a Hub id") from error
+        found = loader(source, **kwargs)
+    except UserError:
+        raise
+    except Exception as error:  # whatever a damaged file makes a loader raise
+        reason = (str(error).strip() or type(error).__name__).split("\n")[0]
+        reason = (
+            reason if isinstance(error, (OSError, ValueError, SafetensorError)) else f"{type(error).__name__}: {reason}"
+        )
+        raise UserError(f"{option}{source} cannot be loaded ({reason}); wanted a model folder or a Hub id") from error
+    if not weights:
+        return found
+    model, info = found
+    if missing := sorted(info["missing_keys"]):
+        raise UserError(
+            f"{option}{source} lacks {len(missing)} tensors that its config wants, such as {missing[0]}; wanted the whole model"
+        )
+    return model
+
+
+def fingerprint(model: nn.Module) -> str:
+    """SHA-256 of names, shapes and first elements of the parameters, to tell a resumed run that its base changed."""
+    found = hashlib.sha256()
+    for name, p in model.named_parameters():
+        found.update(f"{name} {list(p.shape)} {p.dtype}".encode())
+        found.update(p.detach().reshape(-1)[:4096].cpu().view(torch.uint8).numpy().tobytes())
+    return found.hexdigest()
 
 
 def quiet_transformers() -> None:

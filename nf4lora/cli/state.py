@@ -12,6 +12,7 @@ from torch.distributed.tensor import DTensor, distribute_tensor
 
 from ..hf.adapter import CONFIG, WEIGHTS, files_of
 from ..hf.checkpoint import CheckpointError, parse_json, parse_tensors, read
+from .checkpoints import ABOUT
 from .data import Data, fingerprint
 from .processes import Processes, whole
 from .settings import Settings, UserError
@@ -26,7 +27,9 @@ def adapter_files(run: Run) -> dict[str, bytes]:
     model = run.processes.unwrap(run.model)
     tensors = {name: whole(t) for name, t in get_peft_model_state_dict(model, save_embedding_layers=False).items()}
     config = model.peft_config[model.active_adapter].to_dict() | {"inference_mode": True}
-    return files_of(tensors, {name: sorted(v) if isinstance(v, set) else v for name, v in config.items()})
+    about = {"base": "dense" if run.settings.method == "lora" else "nf4"}
+    files = files_of(tensors, {name: sorted(v) if isinstance(v, set) else v for name, v in config.items()})
+    return files | {ABOUT: json.dumps(about).encode()}
 
 
 def pack(run: Run) -> dict[str, bytes]:
@@ -39,7 +42,8 @@ def pack(run: Run) -> dict[str, bytes]:
     for rank, states in enumerate(run.processes.gathered(_random_state(run))):
         tensors |= {f"rng.{name}.{rank}": value for name, value in states.items()}
     state = {
-        "settings": run.settings.must_match(), "data_sha256": fingerprint(run.data), "processes": run.processes.count,
+        "settings": run.settings.must_match(), "data_sha256": fingerprint(run.data), "base_sha256": run.base,
+        "processes": run.processes.count,
         "param_groups": optimizer["param_groups"], "scheduler": run.scheduler.state_dict(),
     }  # fmt: skip
     return {
@@ -55,7 +59,7 @@ class Saved:
     Raises: UserError when options, data or the number of processes differ; CheckpointError for a damaged or foreign checkpoint.
     """
 
-    def __init__(self, folder: Path, settings: Settings, data: Data, processes: Processes) -> None:
+    def __init__(self, folder: Path, settings: Settings, data: Data, base: str, processes: Processes) -> None:
         self.folder, self._files = folder, read(folder)
         if absent := {TENSORS, STATE, CONFIG, WEIGHTS} - self._files.keys():
             raise CheckpointError(f"{folder}: no {', '.join(sorted(absent))}: not a checkpoint of nf4lora finetune")
@@ -69,6 +73,8 @@ class Saved:
             raise UserError(f"--resume: {folder} was made with {'; '.join(different)}; {ADVICE}")
         if self._state.get("data_sha256") != fingerprint(data):
             raise UserError(f"--resume: {folder} was made with other data; {ADVICE}")
+        if self._state.get("base_sha256") != base:
+            raise UserError(f"--resume: {folder} was made with another base, or one in another dtype; {ADVICE}")
         if self._state.get("processes") != processes.count:
             found = f"made by {self._state.get('processes')} processes, now {processes.count}"
             raise UserError(f"--resume: {folder} was {found}; start as many, or anew in another --output")

@@ -32,6 +32,7 @@ class Run:
     processes: Processes
     autocast: torch.dtype | None = None
     adaptive: Adaptive | None = None
+    base: str = ""  # fingerprint of the model that it began with
     losses: list[float] = field(default_factory=list)
     grad_norm: float = math.nan
 
@@ -88,7 +89,10 @@ def start(
     trained = [p for p in model.parameters() if p.requires_grad]
     optimizer = _optimizer(settings.optim, trained, settings.lr)
     if settings.gradient_checkpointing:
-        model.gradient_checkpointing_enable({"use_reentrant": False})
+        try:
+            model.gradient_checkpointing_enable({"use_reentrant": False})
+        except ValueError as error:
+            raise UserError(f"--gradient-checkpointing: {error}") from error
     model.train()
     adaptive = Adaptive(model, settings.output, steps, processes.is_main) if is_adaptive(model) else None
     prepared = processes.prepare(model, optimizer)
@@ -141,7 +145,7 @@ def order(length: int, first: int, count: int, seed: int) -> Tensor:
 def train_step(run: Run) -> float:
     """One optimizer step over grad_accum forwards. Returns the mean loss of the tokens of all of them, in all processes.
 
-    Raises: RunFailed for a loss that is not finite, before any parameter has moved.
+    Raises: RunFailed for a loss or a gradient that is not finite, before any parameter has moved.
     """
     settings, processes = run.settings, run.processes
     if run.adaptive:
@@ -165,6 +169,11 @@ def train_step(run: Run) -> float:
         raise RunFailed(f"the loss of step {run.step + 1} is {total}; try a lower --lr than {settings.lr}")
     parameters = [p for group in run.optimizer.param_groups for p in group["params"]]
     run.grad_norm = processes.clip(parameters, settings.max_grad_norm)
+    if not math.isfinite(run.grad_norm):
+        run.optimizer.zero_grad()
+        raise RunFailed(
+            f"the norm of the gradient of step {run.step + 1} is {run.grad_norm}; try a lower --lr than {settings.lr}"
+        )
     run.optimizer.step()
     if run.adaptive:
         run.adaptive.stepped(run.optimizer)

@@ -46,10 +46,11 @@ def run(settings: Settings, as_json: bool) -> None:
     if together.is_main:
         models.show_loading()
     base = models.load_base(settings, together.device, compute)
+    fingerprint = together.gathered(models.fingerprint(base) if together.is_main else "")[0]
     if data.position_ids is not None:
         check_packing(base, settings.batch_size)
     model = models.add_adapters(base, settings, steps_of(settings, len(data), together))
-    training = _started(model, data, settings, together, checkpoint)
+    training = _started(model, data, settings, together, fingerprint, checkpoint)
     meter = Meter()
     if together.is_main:
         config_file.write(settings, output / "config.yaml")
@@ -68,15 +69,20 @@ def run(settings: Settings, as_json: bool) -> None:
 
 
 def _started(
-    model: nn.Module, data: datas.Data, settings: Settings, together: Processes, checkpoint: Path | None
+    model: nn.Module, data: datas.Data, settings: Settings, together: Processes, base: str, checkpoint: Path | None
 ) -> Run:
-    """A run at step 0, or as `checkpoint` has left it. Raises: UserError."""
+    """A run at step 0, or as `checkpoint` has left it; `base`: the fingerprint of its model. Raises: UserError."""
+    if len(set(together.gathered(datas.fingerprint(data)))) > 1:
+        raise UserError("--data: found other data in other processes; wanted the same file for all")
     if checkpoint is None:
-        return start(model, data, settings, processes=together)
+        training = start(model, data, settings, processes=together)
+        training.base = base
+        return training
     try:
-        saved = Saved(checkpoint, settings, data, together)
+        saved = Saved(checkpoint, settings, data, base, together)
         saved.load_adapter(model)  # before it is sharded
         training = start(model, data, settings, processes=together)
+        training.base = base
         saved.restore(training)
         if training.adaptive:
             training.adaptive.begin(training.step)
