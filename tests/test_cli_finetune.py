@@ -164,7 +164,12 @@ def test_adalora_takes_ranks_away_and_says_so(model, data, tmp_path, finetune):
 
 def test_a_schedule_that_cannot_run_is_refused(model, data, tmp_path, monkeypatch, capsys):
     found = refusal(monkeypatch, capsys, model, data, tmp_path / "out", method="adalora", tinit=5, tfinal=4)
-    assert "nf4lora: error: --method" in found and "tinit" in found and found.count("\n") == 1
+    assert found.startswith("nf4lora: error: --method: found adalora with {'tinit': 5, 'tfinal': 4, 'deltaT': 1} in 8 steps")
+    assert "wanted --tinit < steps" in found and found.count("\n") == 1
+    assert "in 1 steps" in refusal(monkeypatch, capsys, model, data, tmp_path / "out", method="adalora", max_steps=1)
+    for ranks in ({"r": 1}, {"r": 4, "target_r": 4}):
+        name = "--target-r" if "target_r" in ranks else "--r"
+        assert f"{name}: found" in refusal(monkeypatch, capsys, model, data, tmp_path / "out", method="adalora", **ranks)
 
 
 def test_a_checkpoint_in_4_bits_is_trained_as_it_is(model, data, tmp_path, finetune, monkeypatch, capsys):

@@ -190,6 +190,27 @@ def test_the_divisor_follows_its_parameter_and_is_read_once():
         assert relative(inference(x), super(NF4SVDLinear, inference).forward(x)) < 1e-6
 
 
+def test_the_rank_is_never_trained(tmp_path):
+    """Also where peft casts adapters to what the base computes in, as on a checkpoint of bitsandbytes, and makes new parameters."""
+
+    def on_bfloat16():
+        return replace_linears(tiny.llama(), layer=NF4Linear, compute_dtype=torch.bfloat16).requires_grad_(False)
+
+    model = tuned(on_bfloat16(), config())
+    with pytest.raises(ValueError, match="only 1 trainable adapter"):
+        model.add_adapter("second", config())
+    model.add_adapter("second", config(inference_mode=True))
+    model.save_pretrained(tmp_path)
+    loaded = PeftModel.from_pretrained(on_bfloat16(), tmp_path, is_trainable=True, low_cpu_mem_usage=True)
+    for m, adapters in ((model, 2), (loaded, 1)):
+        ranks = {n: p for n, p in m.named_parameters() if ".ranknum." in n}
+        assert len(ranks) == adapters * 2 * len(TARGETS) and not [n for n, p in ranks.items() if p.requires_grad]
+        assert all(p.item() == 6 and p.dtype == torch.bfloat16 for p in ranks.values())
+        loss = m(input_ids=X, labels=X).loss
+        loss.backward()
+        assert not [n for n, p in m.named_parameters() if p.requires_grad and p.grad is None]  # what DDP would wait for
+
+
 def test_compiled_whole_it_computes_the_same():
     layer = first(started(tuned(base(), config())))
     x = torch.randn(3, 64)

@@ -39,6 +39,22 @@ def test_a_layer_of_any_size(double_quant):
         assert layer[0].dequantize().equal(copy.deepcopy(layer)[0].dequantize()) and copy.deepcopy(layer)(x).equal(wanted)
 
 
+def test_after_an_error_on_the_way_the_bytes_are_there():
+    layer = nn.Sequential(NF4Linear(64, 32, bias=True))
+    x = torch.randn(5, 64)
+    wanted, _ = layer(x), store_as_bfloat16(layer)
+    for dtype in (torch.float32, torch.uint8):  # where the floats are moved, and after them the bytes
+
+        def fails(t, dtype=dtype):
+            if t.dtype == dtype:
+                raise torch.OutOfMemoryError("no room")
+            return t
+
+        with pytest.raises(torch.OutOfMemoryError):
+            layer._apply(fails)
+        assert layer(x).equal(wanted)
+
+
 def test_models_compute_train_merge_and_are_saved_as_before(tmp_path):
     tiny.qwen3_moe().save_pretrained(tmp_path / "base")
     model, twin = (AutoModelForCausalLM.from_pretrained(tmp_path / "base", quantization_config=NF4Config()) for _ in range(2))

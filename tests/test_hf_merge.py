@@ -15,11 +15,11 @@ import torch
 from peft import LoraConfig, OFTConfig, PromptTuningConfig, get_peft_model, prepare_model_for_kbit_training
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
-from transformers import AutoModelForCausalLM, GPT2Config, GPT2LMHeadModel
+from transformers import AutoModelForCausalLM, AutoModelForSeq2SeqLM, GPT2Config, GPT2LMHeadModel
 from transformers.pytorch_utils import Conv1D
 
 from nf4lora import NF4Linear, NF4LoRALinear, replace_linears
-from nf4lora.hf import NF4Config, peft_dispatch
+from nf4lora.hf import NF4Config, peft_dispatch, save_merged
 from nf4lora.hf.decoded import DecodedLinear
 from nf4lora.hf.merging import merge_and_unload, merge_in_4bit_
 
@@ -665,3 +665,72 @@ def test_what_is_unloaded_after_a_merge_is_saved_as_what_it_is(tmp_path, targets
     found = {n: type(m) for n, m in again.named_modules() if isinstance(m, nn.Linear)}
     assert found == {n: type(m) for n, m in unloaded.named_modules() if isinstance(m, nn.Linear)}
     assert bool(packed) == (targets == ["q_proj"]) == hasattr(again.config, "quantization_config")
+
+
+# -- heads that are tied to the embedding
+
+
+def tied(family, targets, quantized, folder, **more):
+    if not (folder / "base").exists():
+        tiny.FAMILIES[family](dtype=torch.float32, tie_word_embeddings=True).save_pretrained(folder / "base")
+    kind = AutoModelForSeq2SeqLM if family == "t5" else AutoModelForCausalLM
+    model = kind.from_pretrained(folder / "base", quantization_config=NF4Config() if quantized else None)
+    assert model.get_output_embeddings().weight is model.get_input_embeddings().weight
+    return learned(LoraConfig(target_modules=targets, r=4, **more), model, scale=0.05)
+
+
+@pytest.mark.parametrize("quantized", [True, False])
+@pytest.mark.parametrize("targets", [["q_proj", "lm_head"], ["embed_tokens"], ["embed_tokens", "lm_head"]])
+@pytest.mark.parametrize("family", ["gemma3", "llama"])
+def test_what_is_merged_into_a_tied_head_is_not_in_the_embedding(family, targets, quantized, tmp_path):
+    model = tied(family, targets, quantized, tmp_path)
+    wanted = logits(model)
+    merged = merge_and_unload(model, torch.float32, safe_merge=True)
+    assert error(logits(merged), wanted) <= 1e-6 and not merged.config.tie_word_embeddings
+    merged.save_pretrained(tmp_path / "memory")
+    save_merged(tied(family, targets, quantized, tmp_path), tmp_path / "disk", torch.float32)
+    assert (tmp_path / "disk" / "model.safetensors").read_bytes() == (tmp_path / "memory" / "model.safetensors").read_bytes()
+    for name in ("memory", "disk"):
+        assert error(logits(AutoModelForCausalLM.from_pretrained(tmp_path / name)), wanted) <= 1e-6
+    if quantized:  # peft's own method and what stays in 4 bits come apart too
+        assert error(logits(tied(family, targets, True, tmp_path).merge_and_unload()), wanted) <= 1e-6
+        model = tied(family, targets, True, tmp_path)
+        plain, merged = logits(tied(family, targets, True, tmp_path).unload()), merge_in_4bit_(model).model
+        assert error(logits(merged), wanted) < 0.3 * error(plain, wanted)
+
+
+def test_a_tied_head_beside_what_peft_unties_or_ties_itself(tmp_path):
+    for more, apart in (
+        ({"modules_to_save": ["embed_tokens"]}, True), ({"trainable_token_indices": [5, 7]}, False), ({}, False),
+    ):  # fmt: skip
+        targets = ["q_proj", "lm_head"] if apart else ["q_proj"]
+        model = tied("llama", targets, True, tmp_path, **more)
+        wanted = logits(model)
+        merged = merge_and_unload(model, torch.float32)
+        assert error(logits(merged), wanted) <= 1e-6 and merged.config.tie_word_embeddings is not apart
+        assert (merged.lm_head.weight is merged.model.embed_tokens.weight) is not apart
+
+
+def test_tied_weights_that_cannot_come_apart_are_refused(tmp_path):
+    model = tied("t5", ["q", "lm_head"], True, tmp_path)
+    before = {n: p.clone() for n, p in model.named_parameters()}
+    for merge in (merge_and_unload, lambda m: save_merged(m, tmp_path / "disk"), merge_in_4bit_):
+        with pytest.raises(ValueError, match="^lm_head: found an adapter on the weight that it shares with shared, encoder.embed"):
+            merge(model)
+    assert not (tmp_path / "disk").exists() and all(p.equal(before[n]) for n, p in model.named_parameters())
+    model = tied("llama", ["q_proj", "lm_head"], False, tmp_path / "llama")
+    wanted, head = logits(model), model.base_model.model.lm_head
+    head.merge()
+    with pytest.raises(ValueError, match=r"^lm_head: found its adapter merged into the weight that it shares with model.embed_to"):
+        merge_and_unload(model)
+    head.unmerge()
+    assert error(logits(merge_and_unload(model, torch.float32)), wanted) <= 1e-5
+
+
+def test_after_an_error_a_tied_head_is_tied_again(tmp_path, monkeypatch):
+    model = tied("llama", ["q_proj", "lm_head"], False, tmp_path)
+    monkeypatch.setattr(model.base_model.model.lm_head, "get_delta_weight", lambda adapter: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        merge_and_unload(model, torch.float32)
+    assert model.base_model.model.lm_head.base_layer.weight is model.base_model.model.model.embed_tokens.weight
+    assert model.config.tie_word_embeddings

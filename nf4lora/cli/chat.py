@@ -43,6 +43,7 @@ class Reader:
         self._eos = tokenizer.eos_token or ""
         added = (token.content for token in tokenizer.added_tokens_decoder.values())
         self._ends = tuple({*tokenizer.all_special_tokens, *added})
+        self._parts = _takes_parts(tokenizer)
         self._bos = tokenizer.bos_token if tokenizer.bos_token_id in tokenizer("").input_ids[:1] else ""
 
     def example(self, row: Row) -> Example:
@@ -53,6 +54,8 @@ class Reader:
         if not self._tokenizer.chat_template:
             return self._alpaca(row)
         messages = row.messages or _as_chat(*row.instruction)
+        if not self._parts:
+            messages = [message | _joined(message.get("content")) for message in messages]
         count = sum(message["role"] == "assistant" for message in messages)
         if self._find and not count:
             raise UserError(
@@ -62,7 +65,7 @@ class Reader:
             text, answers, marked = self._rendered(messages, row.tools)
             text.encode()
         except Exception as error:  # whatever a template written by others raises
-            raise UserError(f"{row.where}: the chat template refuses its messages ({error})") from error
+            raise UserError(f"{row.where}: the chat template refuses its messages ({str(error):.200})") from error
         if not answers:
             raise UserError(f"{row.where}: the chat template does not let its answers be told from the rest; {ADVICE}")
         begin, end = answers[-1]
@@ -126,3 +129,19 @@ class Reader:
 def _as_chat(task: str, more: str, answer: str) -> list[dict[str, Any]]:
     user = f"{task}\n\n{more}" if more.strip() else task
     return [{"role": "user", "content": user}, {"role": "assistant", "content": answer}]
+
+
+def _joined(content: Any) -> dict[str, str]:
+    return {"content": "".join(part["text"] for part in content)} if isinstance(content, list) else {}
+
+
+def _takes_parts(tokenizer: Any) -> bool:
+    """Whether its template writes the text of a list of parts; one for strings alone writes Python's form of the list."""
+    if not tokenizer.chat_template:
+        return False
+    parts = [{"type": "text", "text": "one"}, {"type": "text", "text": "two"}]
+    try:
+        text = tokenizer.apply_chat_template([{"role": "user", "content": parts}], tokenize=False)
+    except Exception:  # whatever a template written by others raises
+        return False
+    return "one" in text and "two" in text and "'text'" not in text

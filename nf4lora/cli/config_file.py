@@ -1,6 +1,7 @@
 """`nf4lora finetune --config FILE.yaml`: the options in a file, under the names they have on the command line."""
 
 import difflib
+import reprlib
 from contextlib import suppress
 from dataclasses import fields
 from pathlib import Path
@@ -8,6 +9,7 @@ from typing import Any, get_type_hints
 
 import yaml
 
+from .rows import opened
 from .settings import Settings, UserError
 
 LIMIT = 1 << 20
@@ -30,9 +32,10 @@ def read(path: Path) -> dict[str, Any]:
     Raises: UserError naming the file and what is wrong in it: a key that does not exist, with the nearest that does.
     """
     try:
-        data = path.read_bytes()
+        with opened(path) as file:
+            data = file.read(LIMIT + 1)
         if len(data) > LIMIT:
-            raise UserError(f"--config: {path} has {len(data)} bytes, wanted at most {LIMIT}")
+            raise UserError(f"--config: {path} has {path.stat().st_size} bytes, wanted at most {LIMIT}")
         found = yaml.load(data, _Loader)
     except OSError as error:
         raise UserError(f"--config: {path} cannot be read ({error.strerror}); wanted a YAML file") from error
@@ -43,9 +46,10 @@ def read(path: Path) -> dict[str, Any]:
     kinds = get_type_hints(Settings)
     options = {}
     for key, value in found.items():
-        name = str(key).replace("-", "_")
+        shown = key[:80] if isinstance(key, str) else _shown(key)
+        name = shown.replace("-", "_")
         if name not in kinds:
-            raise UserError(f"--config: {path} has the key {key}, which does not exist; {_nearest(name)}")
+            raise UserError(f"--config: {path} has the key {shown}, which does not exist; {_nearest(name)}")
         if name in options:
             raise UserError(f"--config: {path} has the key {key} twice")
         if value is not None:
@@ -59,13 +63,18 @@ def write(settings: Settings, path: Path) -> None:
 
 
 class _Loader(yaml.SafeLoader):
-    """YAML's safe kinds, and no key twice."""
+    """YAML's safe kinds, no key twice and no merge key, ten levels of which are ten billion keys."""
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict:
-        keys = [key.value for key, _ in node.value]
-        if double := [key for key in keys if keys.count(key) > 1]:
-            raise yaml.constructor.ConstructorError(None, None, f"found the key {double[0]} twice", node.start_mark)
+        seen = set()
+        for key in (key.value for key, _ in node.value if isinstance(key, yaml.ScalarNode)):
+            if key in seen:
+                raise yaml.constructor.ConstructorError(None, None, f"found the key {key} twice", node.start_mark)
+            seen.add(key)
         return super().construct_mapping(node, deep)
+
+    def flatten_mapping(self, node: yaml.MappingNode) -> None:
+        pass
 
 
 def _nearest(name: str) -> str:
@@ -80,12 +89,19 @@ def _value(value: Any, hint: Any, where: str) -> Any:
         k for k in (bool, int, float, str, tuple) if hint in (k, k | None) or (k is tuple and "tuple" in str(hint))
     )
     if kind is float and isinstance(value, int | str) and not isinstance(value, bool):
-        with suppress(ValueError):
+        with suppress(ValueError, OverflowError):
             return float(value)
     if kind is tuple and isinstance(value, str):
-        return tuple(value.split(","))
+        value = value.split(",")
     if kind is tuple and isinstance(value, list) and all(isinstance(v, str) for v in value):
-        return tuple(value)
-    if type(value) is not kind:
-        raise UserError(f"{where}: found {value!r:.80}, wanted {_KINDS[kind]}")
+        return tuple(v.strip() for v in value)
+    if type(value) is not kind or (kind is int and value.bit_length() > 64):
+        raise UserError(f"{where}: found {_shown(value)}, wanted {_KINDS[kind]}")
     return value
+
+
+def _shown(value: Any) -> str:
+    """In short: a list of lists of aliases has no end, and an integer of hex digits may be too long for Python to write."""
+    if isinstance(value, int) and value.bit_length() > 64:
+        return f"an integer of {value.bit_length()} bits"
+    return reprlib.repr(value)[:80]

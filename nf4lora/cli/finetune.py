@@ -78,7 +78,7 @@ def finetune(
     ] = None,
     save_steps: Annotated[int | None, _option("save_steps", "Steps between checkpoints.")] = None,
     resume: Annotated[
-        bool | None, typer.Option("--resume", help="Go on from the newest checkpoint of --output.")
+        bool | None, typer.Option(help="Go on from the newest checkpoint of --output.")
     ] = None,
     seed: Annotated[int | None, _option("seed", "Of the data order, the adapters and dropout.")] = None,
     compute_dtype: Annotated[str | None, _option("compute_dtype", f"{', '.join(DTYPES)}.")] = None,
@@ -98,7 +98,7 @@ def finetune(
     for name in ("json", "config"):
         given.pop(name)
     given["data"] = None if data is None else str(data)
-    given["target_modules"] = None if target_modules is None else tuple(target_modules.split(","))
+    given["target_modules"] = None if target_modules is None else tuple(n.strip() for n in target_modules.split(","))
     given = {name: value for name, value in given.items() if value is not None}
     if config is not None:
         from .config_file import read

@@ -79,7 +79,13 @@ def add_adapters(model: nn.Module, settings: Settings, steps: int) -> nn.Module:
             check_names(targets, [name for name, m in model.named_modules() if isinstance(m, (nn.Linear, Conv1D))])
         if settings.method == "adalora":
             ranks = {"init_r": settings.r, "target_r": settings.target_r or max(settings.r * 2 // 3, 1)}
-            config = AdaLoraConfig(total_step=steps, **ranks, **settings.schedule(steps), **options)
+            schedule = settings.schedule(steps)
+            if not schedule["tinit"] < steps - schedule["tfinal"] >= 2:
+                raise UserError(
+                    f"--method: found adalora with {schedule} in {steps} steps, which leaves none to take ranks away at; "
+                    "wanted --tinit < steps - --tfinal, and that 2 or more"
+                )
+            config = AdaLoraConfig(total_step=steps, **ranks, **schedule, **options)
         else:
             config = LoraConfig(r=settings.r, **options)
         return get_peft_model(model, config)

@@ -1,12 +1,14 @@
 """The rows of a data file, checked one by one. Every fault is a UserError that says in which file and line it is."""
 
+import errno
 import json
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, BinaryIO, NamedTuple
 
 from .settings import UserError
 
 WANTED = '"text" with a string, "instruction" and "output" with strings, or "messages" with a list'
+PART = '{"type": "text", "text": …}, as models of text alone have it'
 ROLES = {"human": "user", "gpt": "assistant"}  # what ShareGPT calls them
 
 
@@ -23,14 +25,16 @@ class Row(NamedTuple):
 def read_rows(path: str | Path) -> list[Row]:
     """The rows of a .txt file (one document), of a .jsonl file (one a line), or of a .json file (those of its list, or as .jsonl).
 
-    Raises: UserError: missing, a folder, empty, not UTF-8, another suffix, or a row that is not what is wanted
+    Raises: UserError: missing, a folder or a device, empty, not UTF-8, another suffix, or a row that is not what is wanted
     """
     path = Path(path)
     wanted = "wanted a .txt or .jsonl file, or a .json file with a list"
-    if path.suffix not in (".txt", ".jsonl", ".json"):
+    suffix = path.suffix.lower()
+    if suffix not in (".txt", ".jsonl", ".json"):
         raise UserError(f"--data: found {path}, {wanted}")
     try:
-        raw = path.read_bytes()
+        with opened(path) as file:
+            raw = file.read()
     except OSError as error:
         raise UserError(f"--data: {path} cannot be read ({error.strerror}); {wanted}") from error
     try:
@@ -41,9 +45,9 @@ def read_rows(path: str | Path) -> list[Row]:
         ) from error
     if not text.strip():
         raise UserError(f"--data: {path} is empty ({len(raw)} bytes, no text); wanted text to train on")
-    if path.suffix == ".txt":
+    if suffix == ".txt":
         return [Row(f"--data: {path}", text=text)]
-    if path.suffix == ".json" and text.lstrip().startswith("["):
+    if suffix == ".json" and text.lstrip().startswith("["):
         values = _parsed(text, f"--data: {path}", "a list of objects")
         rows = [_row(value, f"--data: {path} item {number}") for number, value in enumerate(values, start=1)]
     else:
@@ -54,6 +58,13 @@ def read_rows(path: str | Path) -> list[Row]:
     return rows
 
 
+def opened(path: Path) -> BinaryIO:
+    """A file to read. Raises: OSError, for a FIFO or a device too: they may never end."""
+    if path.exists() and not path.is_file() and not path.is_dir():
+        raise OSError(errno.EINVAL, "no regular file")
+    return path.open("rb")
+
+
 def _parsed(text: str, where: str, wanted: str) -> Any:
     try:
         return json.loads(text)
@@ -62,13 +73,13 @@ def _parsed(text: str, where: str, wanted: str) -> Any:
 
 
 def _row(value: Any, where: str) -> Row:
-    """What is structured comes first: files of instructions often repeat them as a finished "text"."""
+    """What is structured comes first: files of instructions often repeat them as a finished "text". A null is as no key."""
     if not isinstance(value, dict):
         raise UserError(f"{where} is a JSON {type(value).__name__}; wanted an object")
     for key in ("messages", "conversations"):
-        if key in value:
+        if value.get(key) is not None:
             return Row(where, messages=_messages(value[key], f'{where} "{key}"'), tools=value.get("tools"))
-    if "instruction" in value and "output" in value:
+    if "instruction" in value and "output" in value and (value["output"] is not None or value.get("text") is None):
         parts = tuple("" if value.get(key) is None else value[key] for key in ("instruction", "input", "output"))
         if all(isinstance(part, str) for part in parts):
             return Row(where, instruction=tuple(_encodable(part, where) for part in parts))
@@ -76,7 +87,7 @@ def _row(value: Any, where: str) -> Row:
         raise UserError(f'{where} has "instruction", "input" and "output" of {kinds}; wanted strings')
     if isinstance(value.get("text"), str):
         return Row(where, text=_encodable(value["text"], where))
-    raise UserError(f"{where} has the keys {sorted(value)}; wanted {WANTED}")
+    raise UserError(f"{where} has the keys {_keys(value)}; wanted {WANTED}")
 
 
 def _messages(value: Any, where: str) -> list[dict[str, Any]]:
@@ -96,8 +107,22 @@ def _message(value: Any, where: str) -> dict[str, Any]:
     }
     role, content = message.get("role"), message.get("content")
     if not isinstance(role, str) or not (isinstance(content, str | list) or "tool_calls" in message):
-        raise UserError(f'{where} has the keys {sorted(value)}; wanted "role" and "content" with strings')
+        raise UserError(f'{where} has the keys {_keys(value)}; wanted "role" and "content" with strings')
+    if isinstance(content, list):
+        message["content"] = [_part(part, f'{where} "content" number {n}') for n, part in enumerate(content, start=1)]
     return message | {"role": ROLES.get(role, role)}
+
+
+def _part(value: Any, where: str) -> dict[str, str]:
+    if not isinstance(value, dict):
+        raise UserError(f'{where} is a {type(value).__name__}; wanted {PART}')
+    if value.get("type") != "text" or not isinstance(value.get("text"), str):
+        raise UserError(f'{where} has the keys {_keys(value)} and the type {str(value.get("type")):.40}; wanted {PART}')
+    return {"type": "text", "text": value["text"]}
+
+
+def _keys(value: dict[str, Any]) -> str:
+    return str(sorted(value))[:200]
 
 
 def _encodable(text: str, where: str) -> str:

@@ -79,8 +79,10 @@ class Settings:
                 _refuse(name, value, "--method adalora with it")
             if value is not None and value < least:
                 _refuse(name, value, f"an integer of {least} or more")
-        if self.target_r is not None and self.target_r > self.r:
-            _refuse("target_r", self.target_r, f"at most --r, which is {self.r}")
+        if self.method == "adalora" and self.r < 2:
+            _refuse("r", self.r, "an integer of 2 or more with --method adalora, which takes ranks away")
+        if self.target_r is not None and self.target_r >= self.r:
+            _refuse("target_r", self.target_r, f"less than --r, which is {self.r}")
         if not 0 <= self.seed < 2**63:
             _refuse("seed", self.seed, "an integer from 0 to 2**63 - 1")
         for name in ("alpha", "lr", "max_grad_norm", "epochs"):

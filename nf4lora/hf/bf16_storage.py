@@ -86,10 +86,12 @@ class _Stored:
         stored = {key: own[key + STORED] for key in self.stored if not isinstance(own[key + STORED], DTensor)}
         for key in stored:
             del own[key + STORED]
-        super()._apply(fn, recurse)
-        for key, p in stored.items():
-            p.data = _as_bfloat16(fn(self.read(key, p.data)))
-            own[key + STORED] = p
+        try:
+            super()._apply(fn, recurse)
+            for key, p in stored.items():
+                p.data = _as_bfloat16(fn(self.read(key, p.data)))
+        finally:
+            own.update({key + STORED: p for key, p in stored.items()})
         return self
 
 

@@ -36,6 +36,8 @@ def save_merged(
 ) -> None:  # fmt: skip
     """Write what `merge_and_unload(peft_model, dtype, safe_merge=True).save_pretrained(folder)` writes, layer by layer.
 
+    The same bytes; only, of files of `max_shard_size`, experts are spread over others: each tensor is as in memory.
+
     Beside the packed model there is, at one time, one layer: for LoRA, DoRA, AdaLoRA and IA3 at most seven times its weight in
     float32; of experts, the stacks of one module in `dtype`, twice. What is not in 4 bits is in memory as a whole, as is a base in
     floats, whose adapted layers are in float32.

@@ -34,7 +34,8 @@ def merge_and_unload(
     """The base model with the active adapters merged into its decoded weights, a plain model in `dtype`.
 
     Adapters were trained on the decoded weight, so that is what they are merged into, layer by layer, in float32, rounded
-    once. Adapters that `merge_adapter()` has merged are merged anew. Layers without an adapter are decoded too.
+    once. Adapters that `merge_adapter()` has merged are merged anew. Layers without an adapter are decoded too. An adapted head
+    that was tied to the embedding is a weight of its own then, and so says the configuration.
     `save_pretrained` then writes a checkpoint that loads without nf4lora. A base in floats is merged in float32 as well: its
     adapted layers take 4 bytes an element meanwhile.
     `peft_model.merge_and_unload()` does the same in the dtype that a 4-bit base was quantized from.
@@ -45,7 +46,8 @@ def merge_and_unload(
         adapter_names: those to merge; the active ones by default
         safe_merge:    check the merged weights for NaN and Inf, also of `dtype`
     Raises: TypeError for another model or dtype; ValueError for a base that others have quantized or that is offloaded, and,
-            naming the layer, for NaN or Inf with `safe_merge`, where the model stays whole.
+            naming the layer, for NaN or Inf with `safe_merge`, where the model stays whole, and for a tied weight that a model
+            of its kind cannot have apart (T5's) or that is merged into already.
     """
     tuner = to_merge(peft_model, dtype)
     if safe_merge:

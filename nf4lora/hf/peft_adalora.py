@@ -28,6 +28,11 @@ class NF4SVDLinear(SVDLinear):
         super().__init__(base_layer, adapter_name, config, **kwargs)
         self._ranknums: dict[str, tuple[Tensor, int, float]] = {}
 
+    def _move_adapter_to_device_of_base_layer(self, *args: Any, **kwargs: Any) -> None:
+        super()._move_adapter_to_device_of_base_layer(*args, **kwargs)
+        for ranknum in self.ranknum.values():  # cast on the way it is a new parameter, which would be trained
+            ranknum.requires_grad_(False)
+
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         adapter = None if args or kwargs else self._alone()
         if adapter is None:

@@ -19,6 +19,7 @@ from torch import nn
 from ..nn import NF4Linear
 from .decoded import DecodedLinear, Requantized, decode_rest, put_plain, requantize_
 from .hooks import Hooks
+from .tied import untied
 
 
 @dataclass
@@ -159,7 +160,8 @@ def _unload(original: Any, tuner: BaseTuner, merge: bool = True, *args: Any, **k
     # of adapters on top of each other the second to be merged has the first merged anew
     token = _for_good.set(merge and not isinstance(tuner, MixedModel))
     try:
-        with _dense_in_float32(tuner) if dtype else nullcontext():
+        apart = untied(tuner) if dtype or merge and how.in_4bit else nullcontext()
+        with apart, _dense_in_float32(tuner) if dtype else nullcontext():
             model = original(tuner, merge, *args, **kwargs)
     finally:
         _for_good.reset(token)

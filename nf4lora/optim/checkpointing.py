@@ -12,7 +12,7 @@ from ..codebook import codebook
 from .base import FlatOptimizer
 from .hypers import check_group
 from .saved import CODES, Entry, parts, taken
-from .sharded import whole
+from .sharded import as_shares
 
 _NOT_OURS = {"params", "foreach", "fused", "capturable", "differentiable"}  # how torch took its steps
 
@@ -87,7 +87,7 @@ class Checkpointed(FlatOptimizer):
             if not self.state.get(p):  # cleared
                 continue
             shown = self._shown[p]
-            found[p] = {"step": int(shown["step"]), **whole(p, {name: t.to("cpu", copy=True) for name, t in shown.own.items()})}
+            found[p] = {"step": int(shown["step"]), **as_shares(p, {name: t.to("cpu", copy=True) for name, t in shown.own.items()})}
             found[p] |= {name: t for name, t in maps.items() if f"absmax{name[-1]}" in shown.own}
             if self._options["stochastic_rounding"]:
                 found[p]["place"] = torch.tensor([self._pools.index(pool), pool.offsets[p]])

@@ -92,7 +92,7 @@ class Pool:
         """
         self._backwards = max(self._gradients.values(), default=math.inf)
         self._gradients.clear()
-        moved = params
+        given = params
         offsets = [self.offsets[p] for p in params]
         params, grads = [local(p) for p in params], [local(g) for g in grads]
         lying = [p if p.is_contiguous() else p.contiguous() for p in params]
@@ -101,7 +101,7 @@ class Pool:
             with self.pager.all() as arenas:
                 self._launch(lying, grads, offsets, slots, hyper_of, arenas, 0, work)
         else:
-            wanted = {chunk: None for p in moved for chunk in self.chunks_of(p)}
+            wanted = {chunk: None for p in given for chunk in self.chunks_of(p)}
             for chunk in self.pager.stepping(list(wanted)):
                 self._step_chunk(chunk, lying, grads, offsets, slots, hyper_of, work)
         for p, copy in zip(params, lying, strict=True):

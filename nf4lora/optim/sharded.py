@@ -25,8 +25,8 @@ def check(name: str, p: Tensor, skips: bool) -> None:
         )
 
 
-def whole(p: Tensor, states: dict[str, Any]) -> dict[str, Any]:
-    """The states of this share of `p`, as a state dict has them: DTensors like `p`, so that torch gathers and spreads them.
+def as_shares(p: Tensor, states: dict[str, Any]) -> dict[str, Any]:
+    """The states of this share of `p` as DTensors placed like `p`, which torch gathers and spreads; of a plain `p` as they are.
 
     Raises: NotImplementedError for states of 8 bits, whose blocks and constants are those of a share.
     """
