@@ -1,6 +1,8 @@
 """The command line on bad input, its help, `doctor` and `errors`: one clear line, exit code 2, no traceback."""
 
+import csv
 import json
+import os
 import re
 import subprocess
 import sys
@@ -14,6 +16,7 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 import nf4lora.cli.errors as error_table
 from nf4lora.cli import app
+from nf4lora.cli.metrics import Metrics
 from nf4lora.cli.settings import Settings
 
 
@@ -90,10 +93,17 @@ def test_bad_data(nf4lora, folder, name):
     refused(nf4lora("finetune", "--model", folder, "--data", name, "--seq-len", 4), "--data", message)
 
 
-def test_data_that_is_missing_or_a_folder(nf4lora, folder):
+def test_data_that_is_no_regular_file(nf4lora, folder):
     refused(
         nf4lora("finetune", "--model", folder, "--data", "none.txt"), "--data: none.txt cannot be read (No such file"
     )
+    os.mkfifo("pipe.jsonl")
+    Path("zero.txt").symlink_to("/dev/zero")
+    code = "from nf4lora.cli.rows import read_rows\nfor name in ('pipe.jsonl', 'zero.txt'):\n    try: read_rows(name)\n    except Exception as e: print(e)"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60, check=True)
+    assert [line.partition(" (")[2][:17] for line in done.stdout.splitlines()] == ["no regular file);"] * 2
+    Path("run.yaml").write_text(f'model: {folder}\ndata: "a\\0.txt"\n')
+    refused(nf4lora("finetune", "--config", "run.yaml"), "--data: a", "cannot be read (embedded null byte)")
     Path("folder.txt").mkdir()
     refused(
         nf4lora("finetune", "--model", folder, "--data", "folder.txt"),
@@ -159,6 +169,37 @@ def test_missing_extras_are_named(monkeypatch):
     monkeypatch.setattr(cli, "NEEDS", (*cli.NEEDS, "nf4lora_no_such_package"))
     with pytest.raises(SystemExit, match=r"needs nf4lora_no_such_package: pip install 'nf4lora\[cli\]'"):
         cli.main()
+
+
+@pytest.mark.parametrize("where", ["nf4lora.cli.app", "nf4lora.cli.user"])
+def test_ctrl_c_during_an_import(tmp_path, where):
+    code = (
+        "import sys\nfrom importlib.abc import MetaPathFinder\nfrom nf4lora.cli import main\n"
+        "class Finder(MetaPathFinder):\n    def find_spec(self, name, path, target=None):\n"
+        f"        if name == {where!r}: raise KeyboardInterrupt\n"
+        "sys.meta_path.insert(0, Finder())\nsys.argv = ['nf4lora', 'finetune', '--model', 'm', '--data', 'd.txt']\nmain()"
+    )
+    done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True, timeout=60)
+    assert (done.returncode, done.stdout, done.stderr) == (130, "", "nf4lora: stopped: Ctrl-C\n")
+
+
+def test_metrics_of_a_resumed_run_go_on_from_those_that_are_its_own(tmp_path):
+    metrics = Metrics(tmp_path, 0)
+    records = [{"step": step, "loss": 1 / step, "seconds": 2.0 * step, "budget": None} for step in (1, 2, 3)]
+    for record in records:
+        metrics.add(record)
+    foreign = [{"step": 1, "foo": 2}, {"step": 1, "loss": 2}, {"loss": 2, "seconds": 1}, [1], 3, None, {"step": "1", "seconds": 1},
+               {"step": None, "seconds": 1}, {"step": 1, "seconds": None}, {"step": 1, "seconds": 1, "loss": [2]}]  # fmt: skip
+    with (tmp_path / "metrics.jsonl").open("a") as file:
+        file.writelines(json.dumps(line) + "\n" for line in foreign)
+    resumed = Metrics(tmp_path, 2)
+    for step in (3, 4):
+        resumed.add({"step": step, "seconds": 1.5 * (step - 2)})
+    wanted = [*records[:2], {"step": 3, "seconds": 5.5}, {"step": 4, "seconds": 7.0}]
+    assert [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()] == wanted
+    with (tmp_path / "metrics.csv").open() as file:
+        rows = [(float(row["step"]), float(row["seconds"])) for row in csv.DictReader(file)]
+    assert rows == [(line["step"], line["seconds"]) for line in wanted]
 
 
 def test_help_names_every_option(nf4lora):

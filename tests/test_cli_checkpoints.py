@@ -5,10 +5,11 @@ import sys
 from pathlib import Path
 
 import pytest
+import safetensors.torch
 import tiny
 import torch
 from commands import in_process, refused
-from peft import LoraConfig, PeftModel, get_peft_model
+from peft import AdaLoraConfig, LoraConfig, PeftModel, get_peft_model
 from tokenizers import Tokenizer, models
 from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig, PreTrainedTokenizerFast
 
@@ -102,6 +103,112 @@ def test_merge(command, folder, adapter, onto, dtype):
     beside = logits(PeftModel.from_pretrained(base.float(), adapter))
     assert (logits(merged.float()) - beside).norm() <= {"float32": 1e-6, "bfloat16": 2e-2}[dtype] * beside.norm()
     assert AutoTokenizer.from_pretrained("merged").convert_tokens_to_ids("a") == 1
+
+
+def saved(model, path, config=None, **changes) -> Path:
+    """An adapter on it, as if trained; `changes` go into its adapter_config.json."""
+    torch.manual_seed(0)
+    model = get_peft_model(model, config or LoraConfig(r=4, target_modules=["q_proj", "v_proj"]))
+    for p in [p for p in model.parameters() if p.requires_grad]:
+        p.data.normal_(std=0.05)
+    model.save_pretrained(path)
+    return changed(Path(path), **changes)
+
+
+def changed(path, **changes) -> Path:
+    file = path / "adapter_config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | changes))
+    return path
+
+
+@pytest.mark.parametrize("noted, onto", [("nf4", "decoded"), ("dense", "original"), (None, "decoded")])
+def test_merging_is_onto_what_the_adapter_was_trained_on(command, folder, noted, onto):
+    adapter = saved(AutoModelForCausalLM.from_pretrained(folder), "adapter")
+    if noted:
+        Path("adapter/nf4lora.json").write_text(json.dumps({"base": noted}))
+    code, out, _ = command("merge", adapter, "--out", "merged", "--dtype", "float32")
+    why = "trained on that, says nf4lora.json" if noted else "no nf4lora.json says what it was trained on"
+    assert code == 0 and f", {onto} ({why}), in float32" in out
+    found = written(command("merge", adapter, "--out", "asked", "--dtype", "float32", "--onto", onto, "--json"))
+    assert found["onto"] == onto and found["onto_reason"] == "as --onto says"
+    assert Path("merged/model.safetensors").read_bytes() == Path("asked/model.safetensors").read_bytes()
+    other = written(command("merge", adapter, "--out", "other", "--onto", "original" if onto == "decoded" else "decoded", "--json"))
+    assert Path("merged/model.safetensors").read_bytes() != Path("other/model.safetensors").read_bytes() and other["onto"] != onto
+    Path("adapter/nf4lora.json").write_text('{"base": ["nf4"]}')
+    refused(command("merge", adapter, "--out", "x"), "adapter/nf4lora.json: found base ['nf4'], wanted nf4 or dense")
+    Path("adapter/nf4lora.json").write_text("[" * 100_000)
+    refused(command("merge", adapter, "--out", "x"), "holds no nf4lora.json that can be read")
+
+
+def test_the_original_of_what_is_saved_in_4_bits_is_not_there(command, folder):
+    assert command("quantize", folder, "four")[0] == 0
+    adapter = saved(nf4lora.from_pretrained("four"), "adapter")
+    for format in ("four", "bnb"):
+        if format == "bnb":
+            assert command("export", "four", "bnb")[0] == 0
+        message = command("merge", adapter, "--base", format, "--out", "x", "--onto", "original")
+        refused(message, "--onto: found original (as --onto says)", f"{format} is saved quantized", "decoded")
+    assert command("merge", adapter, "--out", "merged")[0] == 0
+    Path("adapter/nf4lora.json").write_text('{"base": "dense"}')
+    refused(command("merge", adapter, "--out", "x"), "trained on that, says nf4lora.json", "four is saved quantized")
+
+
+def test_an_adapter_of_another_model_or_half_of_one_is_refused(command, folder):
+    for layers in (1, 3):
+        tiny.llama(num_hidden_layers=layers).save_pretrained(f"of-{layers}")
+    wide = saved(AutoModelForCausalLM.from_pretrained("of-3"), "wide")
+    refused(command("merge", wide, "--base", folder, "--out", "x"), "4 tensors of no use", "layers.2.self_attn.q_proj.lora_A", "another")
+    narrow = saved(AutoModelForCausalLM.from_pretrained("of-1"), "narrow")
+    refused(command("merge", narrow, "--base", folder, "--out", "x"), "4 tensors missing", "layers.1.self_attn.q_proj.lora_A")
+    for name, config in (
+        ("LoRA", LoraConfig(r=4, target_modules=["q_proj"], modules_to_save=["lm_head"])),
+        ("AdaLoRA", AdaLoraConfig(init_r=4, target_r=2, total_step=10, target_modules=["q_proj", "v_proj"])),
+    ):
+        ranks = {}
+        if name == "AdaLoRA":  # cut to some of its ranks, and one layer to none
+            keys = [f"model.layers.{i}.self_attn.{n}_proj.lora_E" for i in range(2) for n in "qv"]
+            ranks = {"rank_pattern": dict(zip(keys, ([True, False] * 2, [True] * 4, [False] * 4, [True] * 4), strict=True))}
+        model = nf4lora.from_pretrained(folder)
+        whole = saved(model, name, config, **ranks)
+        file = whole / "adapter_model.safetensors"
+        tensors = safetensors.torch.load_file(file)
+        for key, kept in ranks.get("rank_pattern", {}).items():
+            key, kept = "base_model.model." + key.removesuffix("lora_E"), torch.tensor(kept)
+            tensors |= {key + "lora_E": tensors[key + "lora_E"][kept], key + "lora_A": tensors[key + "lora_A"][kept]}
+            tensors[key + "lora_B"] = tensors[key + "lora_B"][:, kept].contiguous()
+        safetensors.torch.save_file(tensors, file)
+        assert command("merge", whole, "--out", f"merged-{name}")[0] == 0
+        safetensors.torch.save_file(dict(list(tensors.items())[: len(tensors) // 2]), file)
+        refused(command("merge", whole, "--out", "x"), f"{name} does not merge into {folder}")
+        safetensors.torch.save_file(tensors | {"base_model.model.model.layers.0.more": torch.zeros(2)}, file)
+        refused(command("merge", whole, "--out", "x"), "1 tensors of no use, such as base_model.model.model.layers.0.more")
+        file.write_bytes(file.read_bytes()[:-100])
+        refused(command("merge", whole, "--out", "x"), "does not merge into", "SafetensorError")
+    assert not Path("x").exists()
+
+
+@pytest.mark.parametrize("changes, texts", [
+    ({"base_model_name_or_path": 5}, ["found base_model_name_or_path 5, wanted a folder or a Hub id"]),
+    ({"base_model_name_or_path": ["m"]}, ["found base_model_name_or_path ['m']"]),
+    ({"peft_type": "NOPE"}, ["does not merge into", "NOPE"]),
+    ({"peft_type": ["LORA"]}, ["does not merge into"]),
+    ({"target_modules": "("}, ["does not merge into", "missing )"]),
+    ({"r": "four"}, ["does not merge into"]),
+])  # fmt: skip
+def test_damaged_adapters(command, folder, changes, texts):
+    saved(AutoModelForCausalLM.from_pretrained(folder), "adapter", **changes)
+    refused(command("merge", "adapter", "--out", "x"), "ADAPTER: ", *texts)
+    for text in ("[" * 100_000, "{", "5", '{"r": NaN}'):
+        Path("adapter/adapter_config.json").write_text(text)
+        refused(command("merge", "adapter", "--out", "x", "--base", folder), "adapter holds no adapter_config.json that can be read")
+
+
+def test_a_tied_head_merges_apart(command):
+    tiny.gemma3().save_pretrained("tied")
+    adapter = saved(nf4lora.from_pretrained("tied"), "adapter", LoraConfig(r=4, target_modules=["q_proj", "lm_head"]))
+    wanted = logits(PeftModel.from_pretrained(nf4lora.from_pretrained("tied", dtype=torch.float32), adapter))
+    assert command("merge", adapter, "--out", "merged", "--dtype", "float32")[0] == 0
+    assert (logits(AutoModelForCausalLM.from_pretrained("merged")) - wanted).norm() <= 1e-5 * wanted.norm()
 
 
 def test_the_adapter_of_a_checkpoint(command, folder, adapter):

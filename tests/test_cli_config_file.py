@@ -1,5 +1,9 @@
 """`nf4lora finetune --config FILE.yaml`: every option by its name, the command line above it, and what is refused."""
 
+import os
+import subprocess
+import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -53,9 +57,9 @@ def test_every_option_of_the_command_line_counts_before_the_file(finetune):
         model="n", data="e.txt", output="other", method="adalora", r=16, alpha=8.0, dropout=0.2, target_r=4, tinit=6, tfinal=21,
         delta_t=2, target_modules=("down_proj",), lr=2e-3, optim="adamw_8bit", lr_scheduler="linear", warmup_ratio=0.2,
         max_grad_norm=0.4, epochs=3.0, max_steps=8, batch_size=3, grad_accum=4, seq_len=32, loss_on="answers", packing=False,
-        gradient_checkpointing=False, save_steps=5, seed=6, compute_dtype="bfloat16",
+        gradient_checkpointing=False, save_steps=5, resume=False, seed=6, compute_dtype="bfloat16",
     )  # fmt: skip
-    assert given.keys() | {"resume"} == EVERY.keys()
+    assert given.keys() == EVERY.keys()
     flags = []
     for name, value in given.items():
         option = name.replace("_", "-")
@@ -65,7 +69,7 @@ def test_every_option_of_the_command_line_counts_before_the_file(finetune):
             flags += [f"--{option}", ",".join(value) if isinstance(value, tuple) else value]
     (code, _, err), settings = finetune("--config", written(EVERY), *flags)
     assert code == 0, err
-    assert {name: getattr(settings, name) for name in given} == given and settings.resume
+    assert {name: getattr(settings, name) for name in given} == given
 
 
 def test_names_with_hyphens_and_numbers_as_people_write_them(finetune):
@@ -82,7 +86,28 @@ def test_what_a_run_wrote_is_read_again(tmp_path):
     assert Settings(**config_file.read(tmp_path / "config.yaml")) == Settings(**{**vars(settings), "resume": False})
 
 
+@pytest.mark.parametrize("names", ["q_proj, v_proj ", ["q_proj", " v_proj"]])
+def test_spaces_around_names_of_modules(finetune, names):
+    (code, *_), settings = finetune("--config", written({"model": "m", "data": "d.txt", "target_modules": names}))
+    assert code == 0 and settings.target_modules == ("q_proj", "v_proj")
+    (code, *_), settings = finetune("--model", "m", "--data", "d.txt", "--target-modules", " q_proj, v_proj")
+    assert code == 0 and settings.target_modules == ("q_proj", "v_proj")
+
+
+def nested(form: str, again: str, text: str) -> str:
+    """Ten levels, each with the one below it ten times over: ten billion of them in half a kilobyte."""
+    for level in range(1, 10):
+        text = form.format(f"&a{level}", text + again.format(f"*a{level - 1}") * 9)
+    return f"r: {text}"
+
+
 WRONG = {
+    nested("{} [{}]", ", {}", "&a0 [x]"): ("r: found [[[", "wanted an integer"),
+    nested("{} {{<<: [{}]}}", ", {}", "&a0 {k: 1}"): ("is not YAML", "merge"),
+    "epochs: 1" + "0" * 400: ("epochs: found 1000", "wanted a number"),
+    "seed: 0x1" + "0" * 5000: ("seed: found an integer too long to write", "wanted an integer"),
+    "target_modules: [0x1" + "0" * 5000 + "]": ("wanted a name or a list of names",),
+    "? lerning_rate" + "e" * 10_000 + "\n: 1": ("the key lerning_rate", "does not exist"),
     "lerning_rate: 1": ("the key lerning_rate, which does not exist", "did you mean lr?"),
     "learning_rate: 1e-4": ("the key learning_rate", "did you mean lr?"),
     "batchsize: 1": ("the key batchsize", "did you mean batch_size?"),
@@ -117,12 +142,29 @@ WRONG = {
 def test_a_file_that_is_refused(finetune, text):
     result, settings = finetune("--config", written(text), "--model", "m", "--data", "d.txt")
     refused(result, *WRONG[text])
+    assert len(result[2]) < 600
     assert settings is None
 
 
 def test_a_file_that_is_not_there_or_too_large(finetune):
     refused(finetune("--config", "none.yaml")[0], "--config: none.yaml cannot be read (No such file")
     refused(finetune("--config", written("# " + "x" * (1 << 20)))[0], "wanted at most 1048576")
+
+
+def test_what_may_never_end(finetune):
+    os.mkfifo("pipe")
+    for path in ("/dev/zero", "pipe"):
+        command = [sys.executable, "-m", "nf4lora.cli", "finetune", "--config", path]
+        done = subprocess.run(command, capture_output=True, text=True, timeout=60)
+        refused((done.returncode, done.stdout, done.stderr), f"--config: {path} cannot be read (no regular file); wanted a YAML file")
+
+
+def test_many_keys_are_read_in_linear_time(finetune):
+    pairs = [(yaml.ScalarNode("tag:yaml.org,2002:str", str(i)), yaml.ScalarNode("tag:yaml.org,2002:str", "")) for i in range(40_000)]
+    loader = config_file._Loader("")
+    before = time.process_time()
+    assert len(loader.construct_mapping(yaml.MappingNode("tag:yaml.org,2002:map", pairs))) == 40_000
+    assert time.process_time() - before < 5  # each looked for among all: 20 s and more
 
 
 def test_what_the_demonstration_cannot_have(finetune):

@@ -284,6 +284,38 @@ def test_tools_and_messages_without_content(read, tokenizer, template, end):
     assert made.decode(sequence(data, 0)[0]).startswith("tool\n<|im_start|>user") and learned(data, made) == ["count" + end]
 
 
+BOTH = CHATML.replace("{{ m.content }}", "{% if m.content is string %}{{ m.content }}{% else %}{% for part in m.content %}"
+                      "({{ part.text }}){% endfor %}{% endif %}")  # fmt: skip
+FAILING = CHATML.replace("{{ m.content }}", "{{ '' + m.content }}")
+
+
+@pytest.mark.parametrize("loss_on", ["answers", "all"])
+@pytest.mark.parametrize(("template", "form"), [
+    (CHATML, "{}{}"), (MARKED, "{}{}"), (LLAMA3, "{}{}"), (FAILING, "{}{}"), (CHATML.replace("m.content", "m.content | tojson"), "{}{}"),
+    (BOTH, "({})({})"),
+])  # fmt: skip
+def test_content_in_parts_is_text(read, tokenizer, template, form, loss_on):
+    """As a template has it that knows of parts, else joined; an image that is null is none."""
+    made = tokenizer(template)
+    parts = lambda *texts: [{"type": "text", "text": text, "image": None} for text in texts]  # noqa: E731
+    found = read([chat(("user", parts("how many", " dogs?")), ("assistant", parts("the ", "answer")))], made, loss_on=loss_on)
+    joined = [("user", form.format("how many", " dogs?")), ("assistant", form.format("the ", "answer"))]
+    assert fingerprint(found) == fingerprint(read([chat(*joined)], made, loss_on=loss_on))
+
+
+def test_a_null_is_as_no_key(read, tokenizer):
+    made = tokenizer(CHATML)
+    plain = [{"text": "dogs"}, chat(*TALK), {"instruction": "count", "output": "4"}]
+    nulls = {"messages": None, "conversations": None, "instruction": None, "output": None, "text": None, "tools": None, "input": None}
+    assert fingerprint(read([nulls | row for row in plain], made)) == fingerprint(read(plain, made))
+
+
+@pytest.mark.parametrize("suffix", [".JSONL", ".Json", ".TXT"])
+def test_suffixes_in_capitals(read, tokenizer, suffix):
+    rows = TEXT if suffix == ".TXT" else [chat(*TALK)]
+    assert fingerprint(read(rows, tokenizer(CHATML), suffix)) == fingerprint(read(rows, tokenizer(CHATML), suffix.lower()))
+
+
 def test_long_examples_are_cut_and_those_without_an_answer_left_dropped(read, tokenizer):
     made = tokenizer(CHATML)
     rows = [chat(("user", "dogs " * n), ("assistant", "the answer is 4")) for n in (1, 3, 9, 30)]
@@ -497,6 +529,16 @@ FAULTS = {
     "message of text": (CHATML, [{"messages": ["a"]}], 'line 1 "messages" number 1 is a str; wanted an object with "role"'),
     "no content": (CHATML, [{"messages": [USER, {"role": "assistant"}]}], "number 2 has the keys ['role']; wanted \"role\" and"),
     "kind of role": (CHATML, [{"conversations": [{"from": 3, "value": "a"}]}], '"conversations" number 1 has the keys'),
+    "null messages": (CHATML, [{"messages": None}], "line 1 has the keys ['messages']; wanted \"text\" with a string"),
+    "an image": (
+        CHATML, [chat(*TALK), chat(("user", [{"type": "text", "text": "a"}, {"type": "image", "url": "b"}]), ("assistant", "a"))],
+        'line 2 "messages" number 1 "content" number 2 has the keys [\'type\', \'url\'] and the type image; wanted {"type": "text",',
+    ),
+    "a part of text": (CHATML, [chat(("user", ["a"]), ("assistant", "a"))], 'line 1 "messages" number 1 "content" number 1 is a str;'),
+    "a part without text": (CHATML, [chat(("user", [{"type": "text"}]), ("assistant", "a"))], "has the keys ['type'] and the type text"),
+    "long keys": (CHATML, [{"k" * 10_000: 1}], "line 1 has the keys ['kkk"),
+    "long keys of a message": (CHATML, [{"messages": [{"k" * 10_000: 1}]}], "number 1 has the keys ['kkk"),
+    "long refusal": ("{{ raise_exception(messages[0].content) }}", [chat(("user", "a" * 10_000), ("assistant", "b"))], "its messages (aaa"),
     "no answer": (CHATML, [chat(*TALK), {"messages": [USER]}], 'line 2 has no message of the role "assistant" to learn from'),
     "no template": (None, [chat(*TALK)], 'line 1 has "messages", but the tokenizer has no chat template; wanted "text"'),
     "roles refused": (
@@ -525,7 +567,7 @@ def test_every_fault_names_its_line(read, tokenizer, name):
     with pytest.raises(UserError) as error:
         read(rows, tokenizer(template))
     assert message in str(error.value) and str(error.value).startswith("--data: ") and "data.jsonl" in str(error.value)
-    assert "\n" not in str(error.value)
+    assert "\n" not in str(error.value) and len(str(error.value)) < 700
 
 
 def test_faults_of_lists_and_of_tokenizers(read, tokenizer):

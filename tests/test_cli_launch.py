@@ -10,14 +10,18 @@ import pytest
 import safetensors.torch
 import tiny
 import torch
-from commands import in_process
+from accelerate import DistributedType
+from accelerate.parallelism_config import ParallelismConfig
+from commands import in_process, refused
 
+from nf4lora.cli import processes
+from nf4lora.cli.settings import UserError
 from nf4lora.hf.checkpoint import read
 
 HERE = Path(__file__).parent
 TORCHRUN = ("-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", "-m")
 # --multi_gpu is the launcher of several processes; there being no GPU, accelerate takes gloo
-ACCELERATE = ("-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes=2", "--num_machines=1", "--mixed_precision=no",
+ACCELERATE = ("-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes=2", "--num_machines=1", "--mixed_precision=bf16",
               "--dynamo_backend=no", "--main_process_port=0", "-m")  # fmt: skip
 SHARDED = TORCHRUN[:-1]
 OPTIONS = {  # --r alone is an option of the launchers, cut short
@@ -78,6 +82,7 @@ def test_two_processes_are_as_one(model, data, tmp_path, launcher, method, flags
     code, out, err = command(*arguments(model, data, tmp_path / "one", "--json", *flags, method=method, batch_size=4))
     assert code == 0, err
     one = json.loads(out)
+    monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "bf16")  # of `accelerate config`; the dtype is --compute-dtype's
     two = result(launched(launcher, *arguments(model, data, tmp_path / "two", "--json", *flags, method=method, batch_size=2)))
     assert (one["processes"], two["processes"]) == (1, 2) and one["steps"] == two["steps"] == 4
     assert max(abs(a - b) for a, b in zip(one["losses"], two["losses"], strict=True)) <= 1e-6
@@ -104,6 +109,54 @@ def test_two_processes_resume_to_equal_bits(model, data, tmp_path, launcher):
     assert again["losses"] == whole["losses"] and read(half / "checkpoint-4") == read(tmp_path / "whole" / "checkpoint-4")
     alone = started("-m", "nf4lora.cli", *arguments(model, data, half, "--resume", **options))
     assert alone.returncode == 2 and "was made by 2 processes, now 1; start as many" in alone.stderr
+
+
+class State:
+    """As much of an AcceleratorState as is looked at."""
+
+    def __init__(self, kind: str, version: int = 1, tp_size: int = 1) -> None:
+        self.distributed_type, self.is_fsdp2 = DistributedType(kind), kind == "FSDP" and version == 2
+        self.parallelism_config = ParallelismConfig(tp_size=tp_size) if tp_size > 1 else None
+
+
+@pytest.mark.parametrize(("state", "found"), [
+    (State("FSDP"), "FSDP with fsdp_version 1"), (State("DEEPSPEED"), "DEEPSPEED"), (State("MEGATRON_LM"), "MEGATRON_LM"),
+    (State("XLA"), "XLA"), (State("MULTI_GPU", tp_size=2), "tensor, context or sequence parallelism"),
+])  # fmt: skip
+def test_what_is_neither_ddp_nor_fsdp2_is_refused(state, found):
+    with pytest.raises(UserError, match=rf"accelerate: found {found}, but .* DDP or FSDP2 \(fsdp_version: 2\); for DeepSpeed use"):
+        processes.check_kind(state)
+    for kind in ("NO", "MULTI_CPU", "MULTI_GPU", "MULTI_XPU"):
+        processes.check_kind(State(kind))
+    processes.check_kind(State("FSDP", version=2))
+
+
+@pytest.mark.parametrize("kind", ["DEEPSPEED", "MEGATRON_LM"])
+def test_what_accelerate_is_told_to_use_is_refused_before_its_package_is_sought(monkeypatch, kind):
+    monkeypatch.setenv(f"ACCELERATE_USE_{kind}", "true")
+    with pytest.raises(UserError, match=f"accelerate: found {kind}, but"):
+        processes.Several()
+
+
+WHOLE = {"WORLD_SIZE": "2", "RANK": "0", "LOCAL_RANK": "0", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "29500"}
+
+
+@pytest.mark.parametrize(("name", "value"), [
+    *((name, None) for name in WHOLE if name != "WORLD_SIZE"), ("WORLD_SIZE", "abc"), ("WORLD_SIZE", ""), ("WORLD_SIZE", "-2"),
+    ("RANK", "first"), ("MASTER_PORT", "http"), ("MASTER_ADDR", ""),
+])  # fmt: skip
+def test_half_an_environment_of_a_launcher_is_refused(model, data, tmp_path, monkeypatch, capsys, name, value):
+    for each, good in WHOLE.items():
+        monkeypatch.setenv(each, good)
+    monkeypatch.delenv(name) if value is None else monkeypatch.setenv(name, value)
+    found = in_process(capsys, monkeypatch, tmp_path)(*arguments(model, data, tmp_path / "out"))
+    refused(found, f"{name}: found {value or 'none'} in the environment beside WORLD_SIZE", "torchrun or `accelerate launch`")
+
+
+@pytest.mark.parametrize("count", ["1", "0", None])
+def test_one_process_alone_needs_no_launcher(monkeypatch, count):
+    monkeypatch.delenv("WORLD_SIZE", raising=False) if count is None else monkeypatch.setenv("WORLD_SIZE", count)
+    assert type(processes.processes()) is processes.Processes
 
 
 @pytest.mark.parametrize(("option", "value", "wanted"), [("optim", "paged_adamw_8bit", "wanted paged_adamw_32bit"), ("method", "adalora", "wanted DDP")])

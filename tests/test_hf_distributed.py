@@ -16,10 +16,11 @@ ENGINES = {
     "fsdp": "one", "fsdp-offload": "one", "ddp": "one", "fsdp-native": "one-native", "ddp-native": "one-native",
     "fsdp-experts": "one-experts", "accelerate": "one", "accelerate-efficient": "one",
     "fsdp-bytes": "one-bytes", "fsdp-bf16": "one-bytes", "fsdp-bf16-offload": "one-bytes", "fsdp-bf16-experts": "one-bytes-experts",
-    "fsdp-bf16-policy": "one-bytes",
+    "fsdp-bf16-policy": "one-bytes", "ddp-adalora": "one-adalora",
 }  # fmt: skip
 LOSSES, ADAPTERS = 1e-6, 1e-6
-ROUNDED = 2e-2  # computed in bfloat16
+ROUNDED = 2e-2  # a loss computed in bfloat16
+CHANGED = {"fsdp-bf16-policy": 0.15, "ddp-adalora": 1e-5}  # of what training has changed, this may differ
 
 
 def started(*command):
@@ -44,11 +45,16 @@ def folder(tmp_path_factory) -> Path:
 def test_two_processes_are_as_one(folder, engine):
     two, one = (json.loads((folder / name / "found.json").read_text()) for name in (engine, ENGINES[engine]))
     assert len(one["losses"]) == 4 and one["losses"][0] > 4
-    assert max(abs(a - b) for a, b in zip(one["losses"], two["losses"], strict=True)) <= (ROUNDED if "policy" in engine else LOSSES)
+    assert max(abs(a - b) for a, b in zip(one["losses"], two["losses"], strict=True)) <= (ROUNDED if engine in CHANGED else LOSSES)
     adapters, wanted = (torch.load(folder / name / "adapter.pt", weights_only=True) for name in (engine, ENGINES[engine]))
     assert adapters.keys() == wanted.keys() and all("lora_" in name for name in adapters)  # the adapter alone, whole
-    differ = max((adapters[name] - wanted[name]).abs().max().item() for name in wanted)
-    assert differ <= (ROUNDED if "policy" in engine else 3 * ADAPTERS if "one-bytes" in ENGINES[engine] else ADAPTERS)
+    if engine in CHANGED:
+        begun = torch.load(folder / ENGINES[engine] / "begun.pt", weights_only=True)
+        differ, moved = (torch.cat([(t[n] - wanted[n]).flatten() for n in wanted]).norm() for t in (adapters, begun))
+        assert differ <= CHANGED[engine] * moved
+    else:
+        differ = max((adapters[name] - wanted[name]).abs().max().item() for name in wanted)
+        assert differ <= (3 * ADAPTERS if "one-bytes" in ENGINES[engine] else ADAPTERS)
     assert two["intact"]  # every packed byte and constant
     if "ddp" in engine:
         assert two["sharded"] == 0 and two["frozen_bytes_here"] == two["frozen_bytes"]

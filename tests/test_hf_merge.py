@@ -12,10 +12,11 @@ import pytest
 import safetensors.torch
 import tiny
 import torch
+import transformers
 from peft import LoraConfig, OFTConfig, PromptTuningConfig, get_peft_model, prepare_model_for_kbit_training
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
-from transformers import AutoModelForCausalLM, AutoModelForSeq2SeqLM, GPT2Config, GPT2LMHeadModel
+from transformers import AutoModelForCausalLM, AutoModelForImageTextToText, AutoModelForSeq2SeqLM, GPT2Config, GPT2LMHeadModel
 from transformers.pytorch_utils import Conv1D
 
 from nf4lora import NF4Linear, NF4LoRALinear, replace_linears
@@ -697,6 +698,18 @@ def test_what_is_merged_into_a_tied_head_is_not_in_the_embedding(family, targets
         model = tied(family, targets, True, tmp_path)
         plain, merged = logits(tied(family, targets, True, tmp_path).unload()), merge_in_4bit_(model).model
         assert error(logits(merged), wanted) < 0.3 * error(plain, wanted)
+
+
+def test_a_text_model_within_a_model_says_so_too(tmp_path):
+    """Some engines read its part of the configuration alone."""
+    text = transformers.Gemma3TextConfig(**{**tiny._TEXT, "tie_word_embeddings": True}, sliding_window=8, query_pre_attn_scalar=16)
+    vision = dict(hidden_size=64, intermediate_size=128, num_hidden_layers=1, num_attention_heads=4, image_size=16, patch_size=8)
+    whole = transformers.Gemma3Config(text_config=text.to_dict(), vision_config=vision, mm_tokens_per_image=4, image_token_index=127)
+    transformers.Gemma3ForConditionalGeneration(whole).save_pretrained(tmp_path / "base")
+    model = AutoModelForImageTextToText.from_pretrained(tmp_path / "base", quantization_config=NF4Config())
+    save_merged(learned(LoraConfig(target_modules=["lm_head"]), model), tmp_path / "merged")
+    config = json.loads((tmp_path / "merged" / "config.json").read_text())
+    assert config["tie_word_embeddings"] is config["text_config"]["tie_word_embeddings"] is False
 
 
 def test_a_tied_head_beside_what_peft_unties_or_ties_itself(tmp_path):

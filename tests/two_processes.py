@@ -26,7 +26,10 @@ from nf4lora.hf import quantize_experts_, store_as_bfloat16  # and the fused lay
 STEPS, BATCH = 4, 4
 
 
-def build(native: bool, experts: bool) -> nn.Module:
+def build(native: bool, experts: bool, adalora: bool) -> nn.Module:
+    if adalora:  # on a base that computes in 16 bits, where peft casts what it makes of an adapter
+        model = replace_linears(tiny.llama(), layer=NF4Linear, compute_dtype=torch.bfloat16).requires_grad_(False)
+        return peft.get_peft_model(model, peft.AdaLoraConfig(init_r=4, target_r=2, total_step=100, target_modules=["q_proj", "v_proj"]))
     model = (tiny.qwen3_moe if experts else tiny.llama)(dtype=torch.float32)
     if experts:
         quantize_experts_(model)
@@ -67,13 +70,14 @@ def by_accelerate(model: nn.Module, efficient: bool) -> nn.Module:
 
 def run(engine: str, folder: Path, rank: int, size: int) -> None:
     torch.manual_seed(0)
-    model = build("native" in engine, "experts" in engine)
+    model = build("native" in engine, "experts" in engine, "adalora" in engine)
     if "bytes" in engine or "bf16" in engine:
         plant_nans(model)
     whole = {name: p.detach().clone() for name, p in model.named_parameters()}
     for name, p in model.named_parameters():
         if p.requires_grad and "lora_B" in name:
             p.data.normal_(std=0.02)
+    begun = {name: p.detach().clone() for name, p in model.named_parameters() if p.requires_grad}
     if "bf16" in engine:
         store_as_bfloat16(model)
     wrapped = model
@@ -129,6 +133,7 @@ def run(engine: str, folder: Path, rank: int, size: int) -> None:
     }  # fmt: skip
     if rank == 0:
         folder.mkdir()
+        torch.save(begun, folder / "begun.pt")
         torch.save({n: t.clone() for n, t in state.items()}, folder / "adapter.pt")
         (folder / "found.json").write_text(json.dumps(found))
 

@@ -1,6 +1,7 @@
 """From an instruction or a chat to the text a model reads, and where in it the answers are."""
 
 import re
+from functools import cached_property
 from typing import Any, NamedTuple
 
 from jinja2 import TemplateError
@@ -17,6 +18,7 @@ MORE, INPUT = ", paired with an input that provides further context", "### Input
 MARKS = re.compile(r"\{%-?\s*generation\s*-?%\}")
 REFUSALS = (TemplateError, TypeError, ValueError, LookupError, AttributeError)
 THOUGHTS = re.compile(r"<think>\s*$")
+PARTS = re.compile(r"""['"]text['"]""")
 ADVICE = "give --loss-on all, or a chat template with {% generation %} marks"
 
 
@@ -43,7 +45,6 @@ class Reader:
         self._eos = tokenizer.eos_token or ""
         added = (token.content for token in tokenizer.added_tokens_decoder.values())
         self._ends = tuple({*tokenizer.all_special_tokens, *added})
-        self._parts = _takes_parts(tokenizer)
         self._bos = tokenizer.bos_token if tokenizer.bos_token_id in tokenizer("").input_ids[:1] else ""
 
     def example(self, row: Row) -> Example:
@@ -54,18 +55,18 @@ class Reader:
         if not self._tokenizer.chat_template:
             return self._alpaca(row)
         messages = row.messages or _as_chat(*row.instruction)
-        if not self._parts:
-            messages = [message | _joined(message.get("content")) for message in messages]
         count = sum(message["role"] == "assistant" for message in messages)
         if self._find and not count:
             raise UserError(
                 f'{row.where} has no message of the role "assistant" to learn from; add one, or give --loss-on all'
             )
         try:
+            if any(isinstance(message.get("content"), list) for message in messages) and not self._takes_parts:
+                messages = [message | _joined(message.get("content")) for message in messages]
             text, answers, marked = self._rendered(messages, row.tools)
             text.encode()
         except Exception as error:  # whatever a template written by others raises
-            raise UserError(f"{row.where}: the chat template refuses its messages ({str(error):.200})") from error
+            raise UserError(f"{row.where}: the chat template refuses its messages ({error!s:.200})") from error
         if not answers:
             raise UserError(f"{row.where}: the chat template does not let its answers be told from the rest; {ADVICE}")
         begin, end = answers[-1]
@@ -97,6 +98,16 @@ class Reader:
         text = self._render(messages, tools)
         return text, self._told(messages, tools, text) if self._find else [(0, len(text))], False
 
+    @cached_property
+    def _takes_parts(self) -> bool:
+        """Whether the template writes the text of a list of parts; one for strings alone writes Python's form of the list."""
+        parts = [{"type": "text", "text": text} for text in ("part-1", "part-2")]
+        try:
+            text = self._render([{"role": "user", "content": parts}], None)
+        except REFUSALS:
+            return False
+        return "part-1" in text and "part-2" in text and not PARTS.search(text)
+
     def _render(self, messages: list[dict], tools: Any, prompt: bool = False) -> str:
         return self._tokenizer.apply_chat_template(messages, tools=tools, tokenize=False, add_generation_prompt=prompt)
 
@@ -126,22 +137,10 @@ class Reader:
         return found
 
 
-def _as_chat(task: str, more: str, answer: str) -> list[dict[str, Any]]:
-    user = f"{task}\n\n{more}" if more.strip() else task
-    return [{"role": "user", "content": user}, {"role": "assistant", "content": answer}]
-
-
 def _joined(content: Any) -> dict[str, str]:
     return {"content": "".join(part["text"] for part in content)} if isinstance(content, list) else {}
 
 
-def _takes_parts(tokenizer: Any) -> bool:
-    """Whether its template writes the text of a list of parts; one for strings alone writes Python's form of the list."""
-    if not tokenizer.chat_template:
-        return False
-    parts = [{"type": "text", "text": "one"}, {"type": "text", "text": "two"}]
-    try:
-        text = tokenizer.apply_chat_template([{"role": "user", "content": parts}], tokenize=False)
-    except Exception:  # whatever a template written by others raises
-        return False
-    return "one" in text and "two" in text and "'text'" not in text
+def _as_chat(task: str, more: str, answer: str) -> list[dict[str, Any]]:
+    user = f"{task}\n\n{more}" if more.strip() else task
+    return [{"role": "user", "content": user}, {"role": "assistant", "content": answer}]

@@ -101,7 +101,8 @@ def _value(value: Any, hint: Any, where: str) -> Any:
 
 
 def _shown(value: Any) -> str:
-    """In short: a list of lists of aliases has no end, and an integer of hex digits may be too long for Python to write."""
-    if isinstance(value, int) and value.bit_length() > 64:
-        return f"an integer of {value.bit_length()} bits"
-    return reprlib.repr(value)[:80]
+    """In short: a list of lists of aliases has no end."""
+    try:
+        return reprlib.repr(value)[:80]
+    except ValueError:  # hex digits, which are read at any length
+        return "an integer too long to write, or a list with one"

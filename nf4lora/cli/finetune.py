@@ -77,9 +77,7 @@ def finetune(
         bool | None, typer.Option(help="Recompute activations: less memory, more time. [no]")
     ] = None,
     save_steps: Annotated[int | None, _option("save_steps", "Steps between checkpoints.")] = None,
-    resume: Annotated[
-        bool | None, typer.Option(help="Go on from the newest checkpoint of --output.")
-    ] = None,
+    resume: Annotated[bool | None, typer.Option(help="Go on from the newest checkpoint of --output.")] = None,
     seed: Annotated[int | None, _option("seed", "Of the data order, the adapters and dropout.")] = None,
     compute_dtype: Annotated[str | None, _option("compute_dtype", f"{', '.join(DTYPES)}.")] = None,
     json: Annotated[

@@ -21,7 +21,8 @@ class Metrics:
 
     def __init__(self, folder: Path, step: int) -> None:
         self._jsonl, self._csv = folder / "metrics.jsonl", folder / "metrics.csv"
-        kept = [record for record in read_records(self._jsonl) if _is_ours(record) and record["step"] <= step] if step else []
+        found = read_records(self._jsonl) if step else []
+        kept = [record for record in found if _is_ours(record) and record["step"] <= step]
         self._before = 0.0
         for path in (self._jsonl, self._csv):
             path.unlink(missing_ok=True)

@@ -9,6 +9,10 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
 from .compute import device
+from .settings import UserError
+
+# Accelerate and torch.distributed do not start without one of them, or start every process alone.
+LAUNCHED = ("WORLD_SIZE", "RANK", "LOCAL_RANK", "MASTER_PORT", "MASTER_ADDR")
 
 
 class Processes:
@@ -53,12 +57,20 @@ class Processes:
 
 
 class Several(Processes):
-    """One of several, each with the same data on a part of every batch: DDP, or FSDP2 where accelerate's config says so."""
+    """One of several, each with the same data on a part of every batch: DDP, or FSDP2 where accelerate's config says so.
+
+    Raises: UserError where it says something else
+    """
 
     def __init__(self) -> None:
         from accelerate import Accelerator
 
-        self._accelerator = Accelerator(cpu=device().type == "cpu")
+        for kind in ("DEEPSPEED", "MEGATRON_LM"):  # before accelerate asks for their packages
+            if os.environ.get(f"ACCELERATE_USE_{kind}", "").lower() == "true":
+                _refuse(kind)
+        # What is computed in which dtype says --compute-dtype, not `accelerate config`.
+        self._accelerator = Accelerator(cpu=device().type == "cpu", mixed_precision="no")
+        check_kind(self._accelerator.state)
         self.rank, self.count = self._accelerator.process_index, self._accelerator.num_processes
         self.device = self._accelerator.device
 
@@ -88,8 +100,36 @@ class Several(Processes):
 
 
 def processes() -> Processes:
-    """Those that this one belongs to, as the launcher's environment says."""
-    return Several() if int(os.environ.get("WORLD_SIZE", "1")) > 1 else Processes()
+    """Those that this one belongs to, as the launcher's environment says. Raises: UserError where it says half of it."""
+    count = os.environ.get("WORLD_SIZE", "1")
+    if count.isdecimal() and int(count) < 2:
+        return Processes()
+    for name in LAUNCHED:
+        value = os.environ.get(name)
+        if not value or not (value.isdecimal() or name == "MASTER_ADDR"):
+            raise UserError(
+                f"{name}: found {value or 'none'} in the environment beside WORLD_SIZE {count}; wanted what torchrun or "
+                "`accelerate launch` set: start several processes by one of them, or unset WORLD_SIZE"
+            )
+    return Several()
+
+
+def check_kind(state: Any) -> None:
+    """Of an AcceleratorState. Raises: UserError for what is neither DDP nor FSDP2, each process with batches of its own."""
+    kind, parallel = state.distributed_type.value, getattr(state, "parallelism_config", None)
+    if kind == "FSDP" and not state.is_fsdp2:
+        _refuse("FSDP with fsdp_version 1")
+    if kind not in ("NO", "FSDP") and not kind.startswith("MULTI_"):
+        _refuse(kind)
+    if parallel and parallel.non_data_parallel_size > 1:
+        _refuse("tensor, context or sequence parallelism")
+
+
+def _refuse(kind: str) -> None:
+    raise UserError(
+        f"accelerate: found {kind}, but nf4lora finetune takes DDP or FSDP2 (fsdp_version: 2); "
+        "for DeepSpeed use transformers' Trainer"
+    )
 
 
 def whole(tensor: Tensor) -> Tensor:

@@ -35,8 +35,9 @@ def read_rows(path: str | Path) -> list[Row]:
     try:
         with opened(path) as file:
             raw = file.read()
-    except OSError as error:
-        raise UserError(f"--data: {path} cannot be read ({error.strerror}); {wanted}") from error
+    except (OSError, ValueError) as error:  # a path with a NUL is the latter
+        why = getattr(error, "strerror", None) or error
+        raise UserError(f"--data: {path} cannot be read ({why}); {wanted}") from error
     try:
         text = raw.decode("utf-8-sig")
     except UnicodeDecodeError as error:
@@ -115,9 +116,9 @@ def _message(value: Any, where: str) -> dict[str, Any]:
 
 def _part(value: Any, where: str) -> dict[str, str]:
     if not isinstance(value, dict):
-        raise UserError(f'{where} is a {type(value).__name__}; wanted {PART}')
+        raise UserError(f"{where} is a {type(value).__name__}; wanted {PART}")
     if value.get("type") != "text" or not isinstance(value.get("text"), str):
-        raise UserError(f'{where} has the keys {_keys(value)} and the type {str(value.get("type")):.40}; wanted {PART}')
+        raise UserError(f"{where} has the keys {_keys(value)} and the type {value.get('type')!s:.40}; wanted {PART}")
     return {"type": "text", "text": value["text"]}
 
 

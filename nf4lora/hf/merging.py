@@ -124,7 +124,7 @@ def _try_layer(layer: BaseTunerLayer, dtype: torch.dtype | None, adapter_names: 
     given = [] if earlier or on_packed(layer) else [(p, p.data) for p in layer.parameters()]
     try:
         for p, data in given:
-            p.data = data.float() if dtype and data.dtype in FLOATS else data.clone()
+            p.data = data.to(torch.float32 if dtype and data.dtype in FLOATS else data.dtype, copy=True)
         if not earlier:
             layer.merge(adapter_names=adapter_names)
         floats = (p for p in layer.get_base_layer().parameters() if p.is_floating_point())

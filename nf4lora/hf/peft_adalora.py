@@ -14,6 +14,14 @@ from .peft_lora import _dropout, _hooked
 _create_by_peft = AdaLoraModel._create_new_module
 
 
+class _Untrained(nn.ParameterDict):
+    """What is put here is no weight. peft puts cast tensors in, of which the dictionary makes parameters that are trained."""
+
+    def __setitem__(self, key: str, value: Tensor) -> None:
+        super().__setitem__(key, value)
+        self[key].requires_grad_(False)
+
+
 class NF4SVDLinear(SVDLinear):
     """y = x W^T + b + lora_alpha / ranknum * dropout(x) (E * A)^T B^T, with W of an `NF4Linear`, in one fused operation.
 
@@ -26,12 +34,9 @@ class NF4SVDLinear(SVDLinear):
         if not config.inference_mode:
             check_ranks(config)
         super().__init__(base_layer, adapter_name, config, **kwargs)
+        self.ranknum.requires_grad_(False)
+        self.ranknum.__class__ = _Untrained  # a new one would be on the meta device where peft loads through that
         self._ranknums: dict[str, tuple[Tensor, int, float]] = {}
-
-    def _move_adapter_to_device_of_base_layer(self, *args: Any, **kwargs: Any) -> None:
-        super()._move_adapter_to_device_of_base_layer(*args, **kwargs)
-        for ranknum in self.ranknum.values():  # cast on the way it is a new parameter, which would be trained
-            ranknum.requires_grad_(False)
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         adapter = None if args or kwargs else self._alone()
