@@ -26,7 +26,7 @@ from nf4lora.hf import quantize_experts_, store_as_bfloat16  # and the fused lay
 STEPS, BATCH = 4, 4
 
 
-def build(native: bool, experts: bool, adalora: bool) -> nn.Module:
+def build(native: bool, experts: bool, adalora: bool = False) -> nn.Module:
     if adalora:  # on a base that computes in 16 bits, where peft casts what it makes of an adapter
         model = replace_linears(tiny.llama(), layer=NF4Linear, compute_dtype=torch.bfloat16).requires_grad_(False)
         return peft.get_peft_model(model, peft.AdaLoraConfig(init_r=4, target_r=2, total_step=100, target_modules=["q_proj", "v_proj"]))
