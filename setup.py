@@ -6,7 +6,6 @@ import platform
 import re
 import shutil
 import subprocess
-import tempfile
 from pathlib import Path
 
 from setuptools import Extension, setup
@@ -23,7 +22,10 @@ STRICT = "-Werror all-warnings -Xptxas -Werror".split()  # set by CI; a newer nv
 X86 = platform.machine() in ("x86_64", "AMD64")
 AVX2 = ["-mavx2", "-mfma", "-mf16c"]
 AVX512 = [*AVX2, *"-mavx512f -mavx512bw -mavx512vl -mavx512dq -mprefer-vector-width=512".split()]
-ISAS = {"portable": []} | ({"avx2": AVX2, "avx512": AVX512, "avx512vbmi": [*AVX512, "-mavx512vbmi"]} if X86 else {})
+BF16 = [*AVX512, "-mavx512vbmi", "-mavx512bf16"]
+WIDE = {"avx512": AVX512, "avx512vbmi": [*AVX512, "-mavx512vbmi"], "avx512bf16": BF16, "amx": [*BF16, "-mamx-tile", "-mamx-bf16"]}
+ISAS = {"portable": []} | ({"avx2": AVX2} | WIDE if X86 else {})
+ONCE = ("api", "threads")  # compiled for the baseline processor; every other file once for each instruction set
 
 
 def compiler() -> list[str]:
@@ -31,6 +33,13 @@ def compiler() -> list[str]:
     if not found or not shutil.which(found.split()[0]):
         raise SystemExit("nf4lora: no C++ compiler found. Install one (Debian, Ubuntu: apt install g++) or name it in CXX.")
     return found.split()
+
+
+def known(cxx: list[str]) -> dict[str, list[str]]:
+    """The instruction sets whose flags the compiler takes: g++ 10 has no AMX, g++ 9 no bf16."""
+    fails = {i: subprocess.run([*cxx, *more, "-xc++", "-E", os.devnull], capture_output=True).returncode for i, more in ISAS.items()}
+    print("".join(f"nf4lora: this compiler does not know {isa}, which the library will lack\n" for isa in ISAS if fails[isa]), end="")
+    return {isa: more for isa, more in ISAS.items() if not fails[isa]}
 
 
 def cuda() -> list[str]:
@@ -53,15 +62,6 @@ def cuda() -> list[str]:
     return [nvcc, *(f"-gencode=arch=compute_{a},code=[sm_{a}{f',compute_{a}' if a == ptx else ''}]" for a in archs)] if archs else []
 
 
-def openmp(cxx: list[str]) -> list[str]:
-    with tempfile.TemporaryDirectory() as folder:
-        probe = subprocess.run([*cxx, "-fopenmp", "-shared", "-fPIC", "-x", "c++", "-", "-o", f"{folder}/probe.so"],
-                               input="#include <omp.h>\nint n() { return omp_get_max_threads(); }", text=True, capture_output=True)
-    if probe.returncode:
-        print("nf4lora: this compiler has no OpenMP; the CPU kernels will run on one thread")
-    return [] if probe.returncode else ["-fopenmp"]
-
-
 class BuildLibrary(build_ext):
     def get_ext_filename(self, fullname: str) -> str:
         return fullname.replace(".", "/") + ".so"
@@ -71,17 +71,17 @@ class BuildLibrary(build_ext):
         os.makedirs(os.path.dirname(out), exist_ok=True)
         if ext.name.endswith("cuda"):
             return self.spawn([*CUDA, "-shared", *NVCC_FLAGS, *STRICT * bool(os.environ.get("NF4LORA_WERROR")), *ext.sources, "-o", out])
-        cxx = compiler()
-        # api.cpp chooses among the instruction sets; every other file is compiled once for each.
-        flags = [*FLAGS, *openmp(cxx), *os.environ.get("CXXFLAGS", "").split()]
+        isas = known(cxx := compiler())
+        flags = [*FLAGS, *os.environ.get("CXXFLAGS", "").split()]
         jobs = {f"{Path(s).stem}.{isa}": (s, [*extra, f"-DNF4LORA_ISA={isa}"])
-                for s in ext.sources if Path(s).stem != "api" for isa, extra in ISAS.items()}  # fmt: skip
-        jobs["api"] = ("csrc/cpu/api.cpp", [])
+                for s in ext.sources for isa, extra in isas.items() if Path(s).stem not in ONCE}  # fmt: skip
+        best_first = "-DNF4LORA_ISAS(X)=" + " ".join(f"X({isa})" for isa in reversed(isas))
+        jobs |= {stem: (f"csrc/cpu/{stem}.cpp", [best_first]) for stem in ONCE}
         os.makedirs(self.build_temp, exist_ok=True)
         objects = [f"{self.build_temp}/{name}.o" for name in jobs]
         for target, (source, extra) in zip(objects, jobs.values()):
             self.spawn([*cxx, *flags, *extra, "-c", source, "-o", target])
-        self.spawn([*cxx, "-shared", *flags, *objects, "-Wl,-z,relro,-z,now", "-lstdc++", "-o", out])  # CXX may be gcc
+        self.spawn([*cxx, "-shared", *flags, *objects, "-Wl,-z,relro,-z,now", "-lstdc++", "-ldl", "-pthread", "-o", out])  # CXX may be gcc
 
 
 class Wheel(bdist_wheel):

@@ -7,6 +7,7 @@ round. On a GPU: each shape with the kernel time of CUDA graphs over cold buffer
 import sys
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -86,8 +87,11 @@ def quantize_case(shape: tuple[int, ...], form: Format, at: Setting, **of_case: 
     )  # fmt: skip
 
 
-def dequantize_case(shape: tuple[int, ...], form: Format, at: Setting, **of_case: Any) -> Case:
-    """Every bit must be the reference's. The error beside the time is that of the rounding, against float64."""
+def dequantize_case(shape: tuple[int, ...], form: Format, at: Setting, into: bool = False, **of_case: Any) -> Case:
+    """Every bit must be the reference's. The error beside the time is that of the rounding, against float64.
+
+    into: write into memory that is there already, as the copy does; bitsandbytes makes new memory where it can only that.
+    """
     w = weights(shape, form.dtype, at.device)
     traffic = dequantize_traffic(w.numel(), form.dtype, nested=form.nested)
     with backends.use_backend("reference"):
@@ -96,16 +100,23 @@ def dequantize_case(shape: tuple[int, ...], form: Format, at: Setting, **of_case
         truth = functional.dequantize_4bit(packed, state, torch.float64)
     sets = at.sets(traffic.total)
     operands = list(zip(_copies(packed, sets), _states(state, sets), strict=True))
-    contenders = _ours(at, [(lambda p=p, s=s: functional.dequantize_4bit(p, s)) for p, s in operands])
+    outs = [torch.full_like(wanted, torch.nan) if into else None for _ in operands]
+    contenders = _ours(at, [partial(functional.dequantize_4bit, *o, out=out) for o, out in zip(operands, outs, strict=True)])
     if theirs := bitsandbytes():
         pairs = [form.theirs(w) for _ in range(sets)]
-        contenders["bitsandbytes"] = Contender(tuple((lambda p=p, s=s: theirs.dequantize_4bit(p, s)) for p, s in pairs))
+        given = [{"out": torch.empty_like(wanted)} if into and at.device != "cpu" else {} for _ in pairs]
+        calls = (partial(theirs.dequantize_4bit, *pair, **out) for pair, out in zip(pairs, given, strict=True))
+        contenders["bitsandbytes"] = Contender(tuple(calls))
     contenders[COPY] = copy(traffic, at.device, sets, at.tile(Mix.of(traffic)))
-    return Case(
-        str(form), f"dequantize {_name(shape)}", contenders, _exact(wanted),
-        lambda result: {"differing_bytes": differing_bytes(result, wanted)} | relative_error(result, truth),
-        traffic.total, **of_case,
-    )  # fmt: skip
+
+    def error(result: Tensor) -> dict[str, float]:
+        found = {"differing_bytes": differing_bytes(result, wanted)} | relative_error(result, truth)
+        for out in outs if into else ():
+            out.fill_(torch.nan)  # whoever is next must write it anew
+        return found
+
+    name = f"dequantize {_name(shape)}{' into memory that is there' * into}"
+    return Case(str(form), name, contenders, _exact(wanted), error, traffic.total, **of_case)
 
 
 CASES = {"quantize": quantize_case, "dequantize": dequantize_case}
@@ -115,6 +126,7 @@ def cpu_cases(shape: tuple[int, ...] = (4096, 4096), sweep: tuple[int, ...] = ()
     """The rows of the host kernels, and a sweep over sizes."""
     for make in CASES.values():
         yield lambda make=make: make(shape, Format(), Setting())
+    yield lambda: dequantize_case(shape, Format(), Setting(), into=True)
     for numel in sweep:
         for name, make in CASES.items():
             yield lambda name=name, make=make, numel=numel: make((1, numel), Format(), Setting(), sweep=name, x=numel)

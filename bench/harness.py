@@ -36,6 +36,8 @@ class Case:
     sweep, x:    the curve this case is a point of, such as "dequantize", and where on it
     energy:      measure it too, where it can be read
     tokens:      of a model, that one call takes or makes
+    bases:       contenders that the times of all are also compared with, beside the first
+    flops:       operations of a call
     """
 
     group: str
@@ -48,12 +50,14 @@ class Case:
     x: float | None = None
     energy: bool = False
     tokens: int | None = None
+    bases: tuple[str, ...] = ()
+    flops: int | None = None
 
 
 @dataclass(frozen=True)
 class Row:
-    """One contender of one case. `ratio` is its time over the first contender's, `of_ceiling` its bytes a second over
-    the ceiling's, both taken in each round; None is what was not measured."""
+    """One contender of one case. `ratio` is its time over the first contender's, `over` its time over each base's,
+    `of_ceiling` its bytes a second over the ceiling's, all taken in each round; None is what was not measured."""
 
     group: str
     case: str
@@ -71,6 +75,8 @@ class Row:
     x: float | None = None
     tokens: int | None = None
     memory: dict[str, int] | None = None
+    over: dict[str, Spread] | None = None
+    flops: int | None = None
 
 
 def compare(case: Case, meter: Meter, rounds: int = 15, eager_rounds: int = 5) -> list[Row]:
@@ -102,12 +108,13 @@ def compare(case: Case, meter: Meter, rounds: int = 15, eager_rounds: int = 5) -
         rows.append(Row(
             case.group, case.name, name, samples[name].timed, rounds,
             time_ms=Spread.of(times[name]),
-            ratio=Spread.of(t / base for t, base in zip(times[name], times[first], strict=True)),
+            ratio=_over(times[name], times[first]),
             of_ceiling=of_ceiling,
             eager_ms=None if None in eager[name] else Spread.of(eager[name]),
             energy_mj=samples[name].energy_mj() if case.energy else None,
             bytes_moved=moved, error=errors.get(name), sweep=case.sweep, x=case.x,
-            tokens=case.tokens, memory=contender.memory,
+            tokens=case.tokens, memory=contender.memory, flops=case.flops,
+            over={base: _over(times[name], times[base]) for base in case.bases if base in times} or None,
         ))  # fmt: skip
     return rows
 
@@ -220,6 +227,10 @@ def _check(case: Case, name: str, contender: Contender, errors: dict[str, Any]) 
         errors[name] = case.error(result) if case.error else None
 
     return check
+
+
+def _over(times: Sequence[float], base: Sequence[float]) -> Spread:
+    return Spread.of(t / b for t, b in zip(times, base, strict=True))
 
 
 def _take_turns(measure: dict[str, Callable[[], Any]], rounds: int) -> dict[str, list[Any]]:

@@ -10,6 +10,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from .cpu_targets import summary
 from .files import AGAIN, COPY, RESULTS, load
 
 README = RESULTS.parents[1] / "README.md"
@@ -54,10 +55,11 @@ def markdown(document: dict[str, Any] | None, tables: int | None = None) -> str 
 
 
 def contents(document: dict[str, Any]) -> list[tuple[list[str], list[list[str]]]]:
-    """The tables of a results file of the harness or of `bench.methods`: header and rows of each."""
+    """The tables of a results file of the harness or of `bench.methods`: header and rows of each. Of `bench.bench_cpu`
+    the first says what is reached."""
     if "methods" in document:
         return [_methods(document["rows"])]
-    parts, rows = [], document["rows"]
+    parts, rows = [summary(document)] if "isas" in document else [], document["rows"]
     for of_sweep in (False, True):
         for group in dict.fromkeys(row["group"] for row in rows):
             chosen = [row for row in rows if row["group"] == group and _of_sizes(row) == of_sweep]

@@ -4,8 +4,8 @@ import math
 import statistics
 import time
 from collections import deque
-from collections.abc import Callable, Iterable
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any, NamedTuple, Protocol
 
@@ -34,9 +34,10 @@ class Spread(NamedTuple):
 class Contender:
     """One way to do the work of a case.
 
-    calls: each does the work once, on buffers of its own, and returns what it wrote. A CPU runs the first; a GPU goes
-        round them, so that no call finds its operands in the cache (`cold_sets` says how many that takes)
+    calls: each does the work once, on buffers of its own, and returns what it wrote. They are gone round, so that no
+        call finds its operands in the cache (`cold_sets` says how many that takes)
     backend, path: the back end of ours that is forced meanwhile, and its path of the linear
+    within: makes a context that its calls run in, entered before the clock starts
     ours: its result must pass the case's gate before any of its times is told
     ceiling: it moves the bytes and does nothing else
     bytes_moved: where it moves other bytes than the case
@@ -50,9 +51,12 @@ class Contender:
     bytes_moved: int | None = None
     path: str | None = None
     memory: dict[str, int] | None = None
+    within: Callable[[], AbstractContextManager[None]] = nullcontext
 
-    def forced(self) -> AbstractContextManager[None]:
-        return backends.use_backend(self.backend, self.path) if self.backend else nullcontext()
+    @contextmanager
+    def forced(self) -> Iterator[None]:
+        with self.within(), backends.use_backend(self.backend, self.path) if self.backend else nullcontext():
+            yield
 
 
 class Sample(Protocol):
@@ -72,13 +76,14 @@ class Meter(Protocol):
 
 
 class WallMeter:
-    """One call by the host's clock."""
+    """A call by the host's clock: the mean of one turn round its calls, each of which must pass."""
 
     def prepare(self, contender: Contender, check: Callable[[Any], None] | None = None) -> Sample:
-        with contender.forced():
-            result = contender.calls[0]()
-        if check:
-            check(result)
+        for call in contender.calls:
+            with contender.forced():
+                result = call()
+            if check:
+                check(result)
         return _WallSample(contender)
 
 
@@ -89,11 +94,12 @@ class _WallSample:
         self._contender = contender
 
     def kernel_ms(self) -> float:
-        call = self._contender.calls[0]
+        calls = self._contender.calls
         with self._contender.forced():
             start = time.perf_counter()
-            call()
-            return (time.perf_counter() - start) * 1e3
+            for call in calls:
+                call()
+            return (time.perf_counter() - start) * 1e3 / len(calls)
 
     def eager_ms(self) -> None:
         return None

@@ -12,9 +12,12 @@ NF4LORA_API const char *nf4lora_cpu_dequantize(const nf4lora::DequantizeParams *
 NF4LORA_API const char *nf4lora_cpu_linear_fwd(const nf4lora::LinearFwdParams *);
 NF4LORA_API const char *nf4lora_cpu_linear_bwd(const nf4lora::LinearBwdParams *);
 NF4LORA_API const char *nf4lora_cpu_lora_bwd(const nf4lora::LoraBwdParams *);
+NF4LORA_API const char *nf4lora_cpu_swiglu_fwd(const nf4lora::SwigluParams *);
+NF4LORA_API const char *nf4lora_cpu_swiglu_bwd(const nf4lora::SwigluParams *);
 NF4LORA_API const char *nf4lora_cpu_optim_step(const nf4lora::OptimParams *);
 NF4LORA_API const char *nf4lora_cpu_optim_check(const nf4lora::OptimCheckParams *);
-// Name of the instruction set in use: "avx512vbmi", "avx512", "avx2" or "portable". NF4LORA_CPU_ISA forces one the processor has.
+// Name of the instruction set in use: "amx", "avx512bf16", "avx512vbmi", "avx512", "avx2" or "portable". NF4LORA_CPU_ISA
+// forces one the processor has.
 NF4LORA_API const char *nf4lora_cpu_isa();
 
 // libnf4lora_cuda.so: the same arguments in device memory, and the stream to run on. Nothing synchronizes.

@@ -61,8 +61,25 @@ struct LinearConfig {
     int32_t path;     // LinearPath
     int32_t block_m;  // rows of the output per tile
     int32_t block_n;  // columns of the output per tile
-    int32_t block_k;  // reduction steps decoded at a time; a multiple of 64
+    int32_t block_k;  // reduction steps decoded at a time, twice as many where they are pairs of bf16; a multiple of 64
     int32_t threads;
+};
+
+// ---- linears that read one x, as one: each with its own weight and adapter. A single linear is a group of one.
+
+constexpr int kMaxGroup = 3;
+
+struct Member {
+    Weight w;            // [N_i, K]
+    const void *bias;    // bias_dtype [N_i], null for all or for none
+    const void *lora_A;  // A_dtype [r_i, K], null for all or for none (then r_i = 0)
+    const void *lora_B;  // B_dtype [N_i, r_i], likewise
+    void *dA;            // A_dtype [r_i, K], out of lora_bwd, null for all or for none
+    void *dB;            // B_dtype [N_i, r_i], likewise
+    const void *dy;      // lora_bwd, and linear_bwd on the host: dtype [M, N_i], rows ld_dy elements apart
+    int64_t ld_dy;
+    int64_t r;
+    float scaling;
 };
 
 // y = x W^T + bias + scaling * xa lora_B^T,  xa = dropout(x) lora_A^T rounded to x's dtype
@@ -72,10 +89,12 @@ struct LinearFwdParams {
     const void *bias;      // bias_dtype [N], may be null
     const void *lora_A;    // A_dtype [r, K], may be null (then r = 0)
     const void *lora_B;    // B_dtype [N, r], null together with lora_A
-    void *y;               // x_dtype [M, N], out
-    void *xa;              // x_dtype [M, r], out
+    void *y;               // x_dtype [M, N], rows ld_y elements apart, out
+    void *xa;              // x_dtype [M, r], rows ld_xa apart, out
     int64_t M;
     int64_t r;
+    int64_t ld_y;
+    int64_t ld_xa;
     float scaling;
     int32_t x_dtype;
     int32_t bias_dtype;
@@ -85,15 +104,13 @@ struct LinearFwdParams {
     LinearConfig config;
 };
 
-// dx = dy W + dropout_mask * (dyb lora_A); dyb already carries scaling
+// dx = sum over members of dy_i W_i + dropout_mask * (dyb_i A_i); dyb already carries scaling
 struct LinearBwdParams {
-    Weight w;              // [N, K]
-    const void *dy;        // dy_dtype [M, N]
-    const void *dyb;       // dy_dtype [M, r], may be null (then r = 0)
-    const void *lora_A;    // A_dtype [r, K], null together with dyb
+    Member member[kMaxGroup];  // of which w, lora_A, dy, ld_dy and r are read
+    const void *dyb;       // dy_dtype [M, sum r_i], may be null (then all r_i = 0)
     void *dx;              // dy_dtype [M, K], out
+    int64_t count;         // members, 1 to kMaxGroup
     int64_t M;
-    int64_t r;
     int32_t dy_dtype;
     int32_t A_dtype;
     Dropout dropout;
@@ -102,17 +119,20 @@ struct LinearBwdParams {
 
 // dyb = scaling * dy lora_B (rounded to dy's dtype);  dB = scaling * dy^T xa;  dA = dyb^T dropout(x)
 struct LoraBwdParams {
-    const void *dy;      // dtype [M, N]
+    const void *dy;      // dtype [M, N], rows ld_dy elements apart
     const void *x;       // dtype [M, K], null where dA is
-    const void *xa;      // dtype [M, r], null where dB is
+    const void *xa;      // dtype [M, r], rows ld_xa apart, null where dB is
     const void *lora_B;  // B_dtype [N, r]
-    void *dyb;           // dtype [M, r], out
+    void *dyb;           // dtype [M, r], rows ld_dyb apart, out
     void *dA;            // A_dtype [r, K], out, may be null
     void *dB;            // B_dtype [N, r], out, may be null
     int64_t M;
     int64_t N;
     int64_t K;
     int64_t r;
+    int64_t ld_dy;
+    int64_t ld_xa;
+    int64_t ld_dyb;
     float scaling;
     int32_t dtype;       // of dy, x, xa, dyb
     int32_t A_dtype;
@@ -121,10 +141,19 @@ struct LoraBwdParams {
     LinearConfig config;
 };
 
-// ---- CUDA: one launch computes a group of linears that read the same x, each with its own weight and adapter, and
-// whose outputs stand side by side. A single linear is a group of one.
+// forward: h = gate * sigmoid(gate) * up;  backward: d_gate_up from dh; fp32 arithmetic, each result rounded once
+struct SwigluParams {
+    const void *gate_up;  // dtype [M, 2 N], the gate's columns first
+    const void *dh;       // dtype [M, N], null in the forward
+    void *out;            // dtype [M, N], or [M, 2 N] in the backward
+    int64_t M;
+    int64_t N;
+    int32_t dtype;
+    int32_t workers;      // host: threads; CUDA: thread blocks
+};
 
-constexpr int kMaxGroup = 3;
+// ---- CUDA: one launch computes a group, whose outputs stand side by side.
+
 constexpr int64_t kCounters = 1 << 14;
 
 // SMALL streams the codes once for up to 64 tokens a tile, MMA and WGMMA are tiled products with decoded fragments,
@@ -137,19 +166,6 @@ struct CudaConfig {
     int32_t tokens;  // of M a tile covers; a multiple of 8
     int32_t rows;    // of the weight (forward), or columns (backward), a tile covers
     int32_t split;   // parts the reduction is cut into, summed in order; DENSE: thread blocks that decode
-};
-
-struct Member {
-    Weight w;            // [N_i, K]
-    const void *bias;    // bias_dtype [N_i], null for all or for none
-    const void *lora_A;  // A_dtype [r_i, K], null for all or for none (then r_i = 0)
-    const void *lora_B;  // B_dtype [N_i, r_i], likewise
-    void *dA;            // A_dtype [r_i, K], out of lora_bwd, null for all or for none
-    void *dB;            // B_dtype [N_i, r_i], likewise
-    const void *dy;      // lora_bwd: dtype [M, N_i], rows ld_dy elements apart
-    int64_t ld_dy;
-    int64_t r;
-    float scaling;
 };
 
 // Columns of y (N_0 of the first member, then N_1 of the second, …) and of xa (r_0, r_1, …) stand side by side.
@@ -219,17 +235,6 @@ struct GroupLoraBwdParams {
     int32_t B_dtype;
     int32_t split;    // parts the reductions over M are cut into, summed in order
     Dropout dropout;
-};
-
-// forward: h = gate * sigmoid(gate) * up;  backward: d_gate_up from dh; fp32 arithmetic, each result rounded once
-struct SwigluParams {
-    const void *gate_up;  // dtype [M, 2 N], the gate's columns first
-    const void *dh;       // dtype [M, N], null in the forward
-    void *out;            // dtype [M, N], or [M, 2 N] in the backward
-    int64_t M;
-    int64_t N;
-    int32_t dtype;
-    int32_t workers;      // thread blocks
 };
 
 // ---- optimizers: every parameter in one call. Their states lie in arenas of one index space, in which each parameter has

@@ -32,25 +32,7 @@ class LinearConfig(Structure):
     _fields_ = [("path", _I), ("block_m", _I), ("block_n", _I), ("block_k", _I), ("threads", _I)]
 
 
-class LinearFwdParams(Structure):
-    _fields_ = [("w", Weight), ("x", _P), ("bias", _P), ("lora_A", _P), ("lora_B", _P), ("y", _P), ("xa", _P),
-                ("M", _L), ("r", _L), ("scaling", c_float), ("x_dtype", _I), ("bias_dtype", _I), ("A_dtype", _I),
-                ("B_dtype", _I), ("dropout", Dropout), ("config", LinearConfig)]  # fmt: skip
-
-
-class LinearBwdParams(Structure):
-    _fields_ = [("w", Weight), ("dy", _P), ("dyb", _P), ("lora_A", _P), ("dx", _P), ("M", _L), ("r", _L),
-                ("dy_dtype", _I), ("A_dtype", _I), ("dropout", Dropout), ("config", LinearConfig)]  # fmt: skip
-
-
-class LoraBwdParams(Structure):
-    _fields_ = [("dy", _P), ("x", _P), ("xa", _P), ("lora_B", _P), ("dyb", _P), ("dA", _P), ("dB", _P), ("M", _L),
-                ("N", _L), ("K", _L), ("r", _L), ("scaling", c_float), ("dtype", _I), ("A_dtype", _I), ("B_dtype", _I),
-                ("dropout", Dropout), ("config", LinearConfig)]  # fmt: skip
-
-
-class CudaConfig(Structure):
-    _fields_ = [("path", _I), ("tokens", _I), ("rows", _I), ("split", _I)]
+MAX_GROUP = 3
 
 
 class Member(Structure):
@@ -58,7 +40,31 @@ class Member(Structure):
                 ("ld_dy", _L), ("r", _L), ("scaling", c_float)]  # fmt: skip
 
 
-MAX_GROUP = 3
+class LinearFwdParams(Structure):
+    _fields_ = [("w", Weight), ("x", _P), ("bias", _P), ("lora_A", _P), ("lora_B", _P), ("y", _P), ("xa", _P),
+                ("M", _L), ("r", _L), ("ld_y", _L), ("ld_xa", _L), ("scaling", c_float), ("x_dtype", _I), ("bias_dtype", _I),
+                ("A_dtype", _I), ("B_dtype", _I), ("dropout", Dropout), ("config", LinearConfig)]  # fmt: skip
+
+
+class LinearBwdParams(Structure):
+    _fields_ = [("member", Member * MAX_GROUP), ("dyb", _P), ("dx", _P), ("count", _L), ("M", _L), ("dy_dtype", _I),
+                ("A_dtype", _I), ("dropout", Dropout), ("config", LinearConfig)]  # fmt: skip
+
+
+class LoraBwdParams(Structure):
+    _fields_ = [("dy", _P), ("x", _P), ("xa", _P), ("lora_B", _P), ("dyb", _P), ("dA", _P), ("dB", _P), ("M", _L),
+                ("N", _L), ("K", _L), ("r", _L), ("ld_dy", _L), ("ld_xa", _L), ("ld_dyb", _L), ("scaling", c_float),
+                ("dtype", _I), ("A_dtype", _I), ("B_dtype", _I), ("dropout", Dropout), ("config", LinearConfig)]  # fmt: skip
+
+
+class SwigluParams(Structure):
+    _fields_ = [("gate_up", _P), ("dh", _P), ("out", _P), ("M", _L), ("N", _L), ("dtype", _I), ("workers", _I)]
+
+
+class CudaConfig(Structure):
+    _fields_ = [("path", _I), ("tokens", _I), ("rows", _I), ("split", _I)]
+
+
 COUNTERS = 1 << 14  # kCounters
 
 
@@ -79,10 +85,6 @@ class GroupLoraBwdParams(Structure):
     _fields_ = [("member", Member * MAX_GROUP), ("x", _P), ("xa", _P), ("dyb", _P), ("dy_ext", _P), ("dx", _P),
                 ("workspace", _P), ("counters", _P), ("count", _L), ("M", _L), ("N", _L), ("K", _L), ("r", _L),
                 ("ld", _L), ("dtype", _I), ("A_dtype", _I), ("B_dtype", _I), ("split", _I), ("dropout", Dropout)]  # fmt: skip
-
-
-class SwigluParams(Structure):
-    _fields_ = [("gate_up", _P), ("dh", _P), ("out", _P), ("M", _L), ("N", _L), ("dtype", _I), ("workers", _I)]
 
 
 class OptimTensor(Structure):
@@ -112,6 +114,8 @@ FUNCTIONS = {
     "linear_fwd": LinearFwdParams,
     "linear_bwd": LinearBwdParams,
     "lora_bwd": LoraBwdParams,
+    "swiglu_fwd": SwigluParams,
+    "swiglu_bwd": SwigluParams,
     "optim_step": OptimParams,
     "optim_check": OptimCheckParams,
 }

@@ -28,6 +28,11 @@ def dequantize(packed, absmax, nested_absmax, offset, shape, blocksize, quant_ty
     operands.weight(packed, absmax, nested_absmax, offset, math.prod(shape), blocksize, quant_type)
 
 
+def dequantize_into(packed, absmax, nested_absmax, offset, blocksize, quant_type, out) -> None:
+    operands.tensor("out", out, float_dtypes(), out.numel(), packed)
+    operands.weight(packed, absmax, nested_absmax, offset, out.numel(), blocksize, quant_type)
+
+
 def linear_fwd(
     x, packed, absmax, nested_absmax, offset, bias, lora_A, lora_B, seed, N, blocksize, quant_type, scaling, dropout_p
 ) -> None:  # fmt: skip

@@ -12,7 +12,7 @@ from .cuda_launch import Launch, aligned, config_of, members, side_by_side
 from .cuda_paths import CudaGradsConfig, CudaPaths, as_list
 from .heuristics import CudaLinearConfig, CudaPath
 from .matrices import matrix, rows
-from .native import _code
+from .native_linear import code as _code
 
 
 class Gradients:

@@ -10,7 +10,7 @@ from .cuda_launch import aligned, all_contiguous, side_by_side
 from .cuda_linear import CudaLinear
 from .cuda_paths import as_list
 from .heuristics import CudaLinearConfig
-from .native import _contiguous
+from .native_linear import contiguous as _contiguous
 
 
 class CudaGrads(CudaLinear):

@@ -1,18 +1,18 @@
 """The forward of the linear on CUDA: groups of linears that read one x in one launch, and the path that decodes the weight first."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from . import heuristics
-from .abi import Dropout, GroupFwdParams, SwigluParams
+from .abi import Dropout, GroupFwdParams
 from .cuda_launch import Launch, aligned, all_contiguous, config_of, members
 from .cuda_paths import CudaPaths, as_list
 from .heuristics import CudaLinearConfig, CudaPath
 from .matrices import matrix, rows
-from .native import _code
+from .native_linear import code as _code
 
 
 class CudaLinear(CudaPaths):
@@ -41,20 +41,6 @@ class CudaLinear(CudaPaths):
 
     def _group_fwd_prepare(self, x: Tensor, *args: Any) -> Callable[..., tuple[Tensor, Tensor]] | None:
         return Forward(self, x, *args) if all(t.is_contiguous() for values in args[4:7] for t in values) else None
-
-    def swiglu_fwd(self, gate_up: Tensor, workers: int) -> Tensor:
-        return self._swiglu("swiglu_fwd", gate_up.contiguous(), None, (*gate_up.shape[:-1], gate_up.shape[-1] // 2), workers)
-
-    def swiglu_bwd(self, gate_up: Tensor, dh: Tensor, workers: int) -> Tensor:
-        return self._swiglu("swiglu_bwd", gate_up.contiguous(), dh.contiguous(), gate_up.shape, workers)
-
-    def _swiglu(self, name: str, gate_up: Tensor, dh: Tensor | None, shape: Sequence[int], workers: int) -> Tensor:
-        out = self.empty(gate_up, shape, gate_up.dtype)
-        if out.numel():
-            sizes = rows(gate_up), gate_up.shape[-1] // 2
-            params = SwigluParams(*map(self.pointer, (gate_up, dh, out)), *sizes, _code(gate_up), workers)
-            self.run(name, params, gate_up.device)
-        return out
 
 
 class Forward:

@@ -1,5 +1,7 @@
 """The functions people know: quantize, dequantize and multiply 4-bit tensors, with bitsandbytes' names and bytes."""
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -48,7 +50,7 @@ def quantize_4bit(
         packed, absmax = staging.quantize(A.detach(), device, blocksize, quant_type)
     if packed.numel() % quant_storage.itemsize:
         raise ValueError(f"quant_storage: {packed.numel()} bytes are no whole number of {quant_storage}; use torch.uint8")
-    if check_finite and not absmax.is_meta and not bool(absmax.isfinite().all()):
+    if check_finite and absmax.numel() and not absmax.is_meta and not bool(absmax.amax().isfinite()):
         checks.raise_not_finite("A", A)
     offset = nested_absmax = None
     if compress_statistics:
@@ -74,33 +76,51 @@ def quantize_fp4(
     return quantize_4bit(A, blocksize, compress_statistics, "fp4", quant_storage, check_finite, device)
 
 
-def dequantize_4bit(packed: Tensor, quant_state: QuantState, dtype: torch.dtype | None = None) -> Tensor:
+def dequantize_4bit(
+    packed: Tensor, quant_state: QuantState, dtype: torch.dtype | None = None, out: Tensor | None = None
+) -> Tensor:
     """Decode 4-bit bytes: w[i] = code[q[i]] * absmax[i // blocksize].
 
     Args:
         packed:      what `quantize_4bit` gave, in any storage dtype
         quant_state: its state
-        dtype:       float32, bfloat16 or float16; the dtype before quantization by default
-    Returns:  dtype [quant_state.shape]
+        dtype:       float32, bfloat16 or float16; the dtype of `out`, or else that before quantization, by default
+        out:         contiguous, [quant_state.shape], on packed's device: what to write into, instead of new memory
+    Returns:  dtype [quant_state.shape]: `out` where it is given
     Numerics: product in float32, one rounding to dtype; bit-equal on every back end
-    Raises:   ValueError, TypeError (packed or dtype does not fit the state)
+    Raises:   ValueError, TypeError (packed, dtype or out does not fit the state)
+    Memory:   reads half a byte an element and the statistics, writes each element once. Not differentiable
     Source:   spec: nf4lora/reference.py::dequantize
     """
     packed = _bytes(packed, quant_state)
-    return ops.dequantize(
-        packed, *_statistics(quant_state), list(quant_state.shape), quant_state.blocksize, quant_state.quant_type,
-        dtype or quant_state.dtype,
-    )  # fmt: skip
+    if out is None:
+        return ops.dequantize(
+            packed, *_statistics(quant_state), list(quant_state.shape), quant_state.blocksize, quant_state.quant_type,
+            dtype or quant_state.dtype,
+        )  # fmt: skip
+    if not isinstance(out, Tensor) or dtype not in (None, out.dtype):
+        raise TypeError(f"out: found {getattr(out, 'dtype', type(out).__name__)}, wanted {dtype or 'a tensor'}")
+    if out.shape != quant_state.shape or out.requires_grad:
+        kind = ", requires_grad" if out.requires_grad else ""
+        raise ValueError(f"out: found shape {tuple(out.shape)}{kind}, wanted {tuple(quant_state.shape)} without gradients")
+    ops.dequantize_into(packed, *_statistics(quant_state), quant_state.blocksize, quant_state.quant_type, out)
+    if not (torch.compiler.is_compiling() or out.is_inference()):
+        torch.autograd.graph.increment_version(out)  # torch's dispatcher does so too, but eager calls go past it
+    return out
 
 
-def dequantize_nf4(packed: Tensor, quant_state: QuantState, dtype: torch.dtype | None = None) -> Tensor:
+def dequantize_nf4(
+    packed: Tensor, quant_state: QuantState, dtype: torch.dtype | None = None, out: Tensor | None = None
+) -> Tensor:
     """`dequantize_4bit` of an NF4 tensor. Raises: ValueError when the state says otherwise."""
-    return _dequantize_as("nf4", packed, quant_state, dtype)
+    return _dequantize_as("nf4", packed, quant_state, dtype, out)
 
 
-def dequantize_fp4(packed: Tensor, quant_state: QuantState, dtype: torch.dtype | None = None) -> Tensor:
+def dequantize_fp4(
+    packed: Tensor, quant_state: QuantState, dtype: torch.dtype | None = None, out: Tensor | None = None
+) -> Tensor:
     """`dequantize_4bit` of an FP4 tensor. Raises: ValueError when the state says otherwise."""
-    return _dequantize_as("fp4", packed, quant_state, dtype)
+    return _dequantize_as("fp4", packed, quant_state, dtype, out)
 
 
 def linear_4bit(
@@ -124,7 +144,8 @@ def linear_4bit(
         dropout_p:      probability of zeroing an element of x in the LoRA branch; needs `seed`
         seed:           int64 [1]; the same seed gives the same mask on every back end
     Returns:  x's dtype [..., N]; gradients for x, bias, lora_A, lora_B
-    Numerics: float32 accumulation on the decoded weight, one rounding of y; spec: nf4lora/reference.py::linear_fwd
+    Numerics: float32 accumulation on the decoded weight, one rounding of y; spec: nf4lora/reference.py::linear_fwd. Where x is
+              bfloat16 and the processor multiplies it, the weight is rounded to it and denormals count as 0, as in torch's own
     Raises:   ValueError, TypeError (naming the argument, what was found, what was wanted), NotImplementedError
     Memory:   no [N, K] temporary; saves x and x lora_A^T for the backward
     """
@@ -141,10 +162,10 @@ def linear_4bit(
     )  # fmt: skip
 
 
-def _dequantize_as(quant_type: str, packed: Tensor, quant_state: QuantState, dtype: torch.dtype | None) -> Tensor:
+def _dequantize_as(quant_type: str, packed: Tensor, quant_state: QuantState, *rest: Any) -> Tensor:
     if quant_state.quant_type != quant_type:
         raise ValueError(f"quant_state.quant_type: found {quant_state.quant_type!r}, wanted {quant_type!r}")
-    return dequantize_4bit(packed, quant_state, dtype)
+    return dequantize_4bit(packed, quant_state, *rest)
 
 
 def _bytes(packed: Tensor, quant_state: QuantState) -> Tensor:

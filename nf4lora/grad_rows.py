@@ -62,4 +62,5 @@ def _part(op: str, backend: str) -> backends.Row:
 
 for name in ("cpu", "triton", "reference"):
     _enter("linear_grads", name, linear_grads)
+for name in ("triton", "reference"):
     _enter("group_grads", name, group_grads)

@@ -7,7 +7,7 @@ SCRATCH_BYTES = 8 << 20
 
 
 class LinearPath(IntEnum):
-    """Of the host, as in csrc/params.h. ROWS decodes one output row at a time (few tokens), PANELS a tile for a block of tokens."""
+    """Of the host, as in csrc/params.h. ROWS takes few tokens past a few rows of W at a time, PANELS decodes a tile for a block of tokens."""
 
     ROWS = 0
     PANELS = 1
@@ -17,8 +17,8 @@ class LinearPath(IntEnum):
 class LinearConfig:
     """How a product with the 4-bit weight is cut into tiles.
 
-    block_m, block_n: rows and columns of the output a tile covers; block_k: reduction steps decoded at a time, a
-    multiple of 64. Only block_k, and it only on the ROWS path, changes the order of a sum and so its last bit.
+    block_m, block_n: rows and columns of the output a tile covers; block_k: reduction steps decoded at a time, twice as
+    many where bfloat16 is multiplied as such, a multiple of 64. Only block_k, and on the ROWS path alone, changes a last bit.
     """
 
     path: LinearPath
@@ -29,12 +29,11 @@ class LinearConfig:
 
     @property
     def scratch_bytes(self) -> int:
-        """What the kernels allocate beside their outputs (csrc/cpu/gemm.h, dots.h), for the widest instruction set."""
-        m, n, k = self.block_m, -(-self.block_n // 32) * 32, self.block_k
+        """Of tiles (csrc/cpu/gemm.h, dots.h, few.h), for the widest instruction set; few tokens themselves take 2 MiB at most."""
+        m, n, k = -(-self.block_m // 16) * 16, -(-self.block_n // 32) * 32, self.block_k
+        floats = m * n + m * (k + 16) + n * k + max(32 * k, m, n)
         if self.path == LinearPath.ROWS:
-            floats = m * n + m * (k + 16) + max(k, n)
-        else:
-            floats = m * n + (m + 16) * (k + 16) + n * k + max(32 * k, n)
+            floats = max(m * n + m * (k + 16) + max(k, n), 17 * m * n + 65 * n + 3 * 1024)
         return 4 * floats * self.threads
 
 
@@ -62,20 +61,20 @@ class CudaLinearConfig:
 
 
 ROWS, PANELS = LinearPath.ROWS, LinearPath.PANELS
-# (largest M, config); source: calculated. dx reads the weight along its rows, so it wants wide, flat tiles.
+# (largest M, config); source: calculated, the tiles of many tokens measured (bench/results/cpu_isas.json).
+_CPU_FEW_BF16 = (32, LinearConfig(ROWS, 32, 24, 1024))
 _CPU_FORWARD = (
-    (8, LinearConfig(ROWS, 8, 64, 4096)),
-    (16, LinearConfig(PANELS, 66, 256, 128)),
-    (64, LinearConfig(PANELS, 66, 128, 256)),
+    (8, LinearConfig(ROWS, 8, 24, 1024)),
+    (64, LinearConfig(PANELS, 66, 128, 128)),
     (132, LinearConfig(PANELS, 132, 256, 128)),
-    (2**63, LinearConfig(PANELS, 258, 256, 128)),
+    (2**63, LinearConfig(PANELS, 516, 512, 128)),
 )
 _CPU_BACKWARD = (
-    (8, LinearConfig(PANELS, 8, 1024, 64)),
-    (64, LinearConfig(PANELS, 66, 512, 64)),
-    (132, LinearConfig(PANELS, 132, 512, 64)),
-    (2**63, LinearConfig(PANELS, 258, 512, 64)),
+    (8, LinearConfig(PANELS, 8, 1024, 128)),
+    (132, LinearConfig(PANELS, 132, 512, 128)),
+    (2**63, LinearConfig(PANELS, 516, 512, 128)),
 )
+_CPU_LORA_BACKWARD = ((2**63, LinearConfig(PANELS, 258, 256, 128)),)
 
 # Thread blocks resident on a multiprocessor (2048 threads, 256 to a block), and weights a block takes at a time, as in
 # csrc/cuda/quantize.cu and dequantize.cu; source: calculated.
@@ -170,9 +169,9 @@ def _split(tiles: int, steps: int, multiprocessors: int) -> int:
     return max(1, min(multiprocessors // max(tiles, 1), steps // 4, 16))
 
 
-def cpu_linear_fwd(M: int, threads: int) -> LinearConfig:
-    """Tiles of the host's forward, and of the two LoRA gradients, for M tokens."""
-    return _fitted(_CPU_FORWARD, M, threads)
+def cpu_linear_fwd(M: int, threads: int, bf16: bool = False) -> LinearConfig:
+    """Tiles of the host's forward for M tokens, in bfloat16 or not."""
+    return _fitted((_CPU_FEW_BF16,) * bf16 + _CPU_FORWARD, M, threads)
 
 
 def cpu_linear_bwd(M: int, threads: int) -> LinearConfig:
@@ -180,15 +179,22 @@ def cpu_linear_bwd(M: int, threads: int) -> LinearConfig:
     return _fitted(_CPU_BACKWARD, M, threads)
 
 
+def cpu_lora_bwd(M: int, threads: int) -> LinearConfig:
+    """Tiles of the host's products for the two LoRA gradients; only one of each has M rows or columns."""
+    return _fitted(_CPU_LORA_BACKWARD, M, threads)
+
+
 def on_path(config: LinearConfig, path: str | None) -> LinearConfig:
     """The config with the host's path of that name, if it is one of them."""
-    named = {p.name.lower(): p for p in LinearPath}.get(path or "")
-    return config if named is None else replace(config, path=named)
+    return next((_fit(replace(config, path=p)) for p in LinearPath if p.name.lower() == path), config)
 
 
 def _fitted(rows: tuple[tuple[int, LinearConfig], ...], M: int, threads: int) -> LinearConfig:
-    """The row for M, with smaller tiles, then fewer threads, until the scratch fits: none of it changes a bit of the result."""
-    config = replace(next(config for most, config in rows if M <= most), threads=threads)
+    return _fit(replace(next(config for most, config in rows if M <= most), threads=threads))
+
+
+def _fit(config: LinearConfig) -> LinearConfig:
+    """With smaller tiles, then fewer threads, until the scratch fits: none of it changes a bit of the result."""
     while config.scratch_bytes > SCRATCH_BYTES and config.block_n > 64:
         config = replace(config, block_m=-(-config.block_m // 2), block_n=config.block_n // 2)
-    return replace(config, threads=min(threads, SCRATCH_BYTES * threads // config.scratch_bytes))
+    return replace(config, threads=min(config.threads, SCRATCH_BYTES * config.threads // config.scratch_bytes))

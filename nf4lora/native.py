@@ -13,14 +13,12 @@ import torch
 from torch import Tensor
 
 from . import backends, heuristics
-from .abi import (
-    FUNCTIONS, DequantizeParams, Dropout, LinearBwdParams, LinearConfig, LinearFwdParams, LoraBwdParams,
-    QuantizeAbsmaxParams, QuantizeParams, Weight,
-)  # fmt: skip
+from .abi import FUNCTIONS, DequantizeParams, QuantizeAbsmaxParams, QuantizeParams, SwigluParams, Weight
 from .codebook import NESTED_BLOCKSIZE, QUANT_TYPES
-from .native_optim import DTYPE as _DTYPE
-from .native_optim import OptimRows
 from .matrices import rows
+from .native_linear import LinearRows
+from .native_linear import code as _code
+from .native_optim import OptimRows
 from .quant_state import ceil_div
 
 
@@ -109,54 +107,32 @@ class Library(OptimRows):
 
     def dequantize(self, packed, absmax, nested_absmax, offset, shape, blocksize, quant_type, dtype, workers: int) -> Tensor:
         out = self.empty(packed, shape, dtype)
-        weight = self._weight(packed, absmax, nested_absmax, offset, 1, out.numel(), blocksize, quant_type)
-        self.run("dequantize", DequantizeParams(weight, self.pointer(out), _code(out), workers), packed.device)
+        self.dequantize_into(packed, absmax, nested_absmax, offset, blocksize, quant_type, out, workers)
         return out
 
-    def linear_fwd(
-        self, x, packed, absmax, nested_absmax, offset, bias, lora_A, lora_B, seed, N, blocksize, quant_type, scaling,
-        dropout_p, config: heuristics.LinearConfig,
-    ) -> tuple[Tensor, Tensor]:  # fmt: skip
-        x, bias, lora_A, lora_B = map(_contiguous, (x, bias, lora_A, lora_B))
-        M, K, r = rows(x), x.shape[-1], 0 if lora_A is None else lora_A.shape[0]
-        y, xa = self.empty(x, (*x.shape[:-1], N), x.dtype), self.empty(x, (M, r), x.dtype)
-        weight = self._weight(packed, absmax, nested_absmax, offset, N, K, blocksize, quant_type)
-        params = LinearFwdParams(weight, *map(self.pointer, (x, bias, lora_A, lora_B, y, xa)), M, r, scaling,
-                                 *map(_code, (x, bias, lora_A, lora_B)), Dropout(self.pointer(seed), dropout_p),
-                                 _config(config))  # fmt: skip
-        self.run("linear_fwd", params, x.device)
-        return y, xa
+    def dequantize_into(self, packed, absmax, nested_absmax, offset, blocksize, quant_type, out, workers: int) -> None:
+        weight = self._weight(packed, absmax, nested_absmax, offset, 1, out.numel(), blocksize, quant_type)
+        self.run("dequantize", DequantizeParams(weight, self.pointer(out), _code(out), workers), packed.device)
 
-    def linear_bwd(
-        self, dy, packed, absmax, nested_absmax, offset, lora_A, dyb, seed, K, blocksize, quant_type, dropout_p,
-        config: heuristics.LinearConfig,
-    ) -> Tensor:  # fmt: skip
-        dy, lora_A, dyb = map(_contiguous, (dy, lora_A, dyb))
-        (M, N), r = dy.shape, 0 if lora_A is None else lora_A.shape[0]
-        dx = self.empty(dy, (M, K), dy.dtype)
-        weight = self._weight(packed, absmax, nested_absmax, offset, N, K, blocksize, quant_type)
-        params = LinearBwdParams(weight, *map(self.pointer, (dy, dyb, lora_A, dx)), M, r, _code(dy), _code(lora_A),
-                                 Dropout(self.pointer(seed), dropout_p), _config(config))  # fmt: skip
-        self.run("linear_bwd", params, dy.device)
-        return dx
+    def swiglu_fwd(self, gate_up: Tensor, workers: int) -> Tensor:
+        return self._swiglu("swiglu_fwd", gate_up.contiguous(), None, (*gate_up.shape[:-1], gate_up.shape[-1] // 2), workers)
 
-    def lora_bwd(
-        self, dy, x, xa, lora_A, lora_B, seed, scaling, dropout_p, need_dA, need_dB, config: heuristics.LinearConfig
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        dy, lora_B = map(_contiguous, (dy, lora_B))
-        x, xa = x.contiguous() if need_dA else None, xa.contiguous() if need_dB else None
-        (r, K), (M, N) = lora_A.shape, dy.shape
-        dyb = self.empty(dy, (M, r), dy.dtype)
-        dA = self.empty(lora_A, (r, K), lora_A.dtype) if need_dA else None
-        dB = self.empty(lora_B, (N, r), lora_B.dtype) if need_dB else None
-        params = LoraBwdParams(*map(self.pointer, (dy, x, xa, lora_B, dyb, dA, dB)), M, N, K, r, scaling, _code(dy),
-                               _code(lora_A), _code(lora_B), Dropout(self.pointer(seed), dropout_p), _config(config))  # fmt: skip
-        self.run("lora_bwd", params, dy.device)
-        return dyb, lora_A.new_empty(0) if dA is None else dA, lora_B.new_empty(0) if dB is None else dB
+    def swiglu_bwd(self, gate_up: Tensor, dh: Tensor, workers: int) -> Tensor:
+        return self._swiglu("swiglu_bwd", gate_up.contiguous(), dh.contiguous(), gate_up.shape, workers)
+
+    def _swiglu(self, name: str, gate_up: Tensor, dh: Tensor | None, shape: Sequence[int], workers: int) -> Tensor:
+        out = self.empty(gate_up, shape, gate_up.dtype)
+        if out.numel():
+            sizes = rows(gate_up), gate_up.shape[-1] // 2
+            params = SwigluParams(*map(self.pointer, (gate_up, dh, out)), *sizes, _code(gate_up), workers)
+            self.run(name, params, gate_up.device)
+        return out
 
 
-class HostLibrary(Library):
-    """libnf4lora_cpu.so. `isa()`: "avx512vbmi", "avx512", "avx2" or "portable"; None without a library."""
+class HostLibrary(LinearRows, Library):
+    """libnf4lora_cpu.so. `isa()`: "amx", "avx512bf16", "avx512vbmi", "avx512", "avx2" or "portable"; None without a library."""
+
+    ops = (*FUNCTIONS, "dequantize_into", "group_fwd", "group_bwd", "group_lora_bwd", "group_grads")
 
     def isa(self) -> str | None:
         if not (loaded := self.load()[0]):
@@ -173,28 +149,22 @@ class HostLibrary(Library):
     def _quantize_config(self, *args: Any) -> int:
         return torch.get_num_threads()
 
-    _dequantize_config = _optim_step_config = _optim_check_config = _quantize_config
+    _dequantize_config = _dequantize_into_config = _swiglu_fwd_config = _swiglu_bwd_config = _quantize_config
+    _optim_step_config = _optim_check_config = _quantize_config
 
     def _linear_fwd_config(self, first: Tensor, *args: Any) -> heuristics.LinearConfig:
-        return heuristics.on_path(heuristics.cpu_linear_fwd(rows(first), torch.get_num_threads()), backends.forced_path())
+        config = heuristics.cpu_linear_fwd(rows(first), torch.get_num_threads(), first.dtype == torch.bfloat16)
+        return heuristics.on_path(config, backends.forced_path())
 
     def _linear_bwd_config(self, first: Tensor, *args: Any) -> heuristics.LinearConfig:
-        return heuristics.on_path(heuristics.cpu_linear_bwd(first.shape[0], torch.get_num_threads()), backends.forced_path())
+        return heuristics.cpu_linear_bwd(first.shape[0], torch.get_num_threads())
 
-    _lora_bwd_config = _linear_fwd_config
+    def _lora_bwd_config(self, first: Tensor, *args: Any) -> heuristics.LinearConfig:
+        return heuristics.cpu_lora_bwd(first.shape[0], torch.get_num_threads())
 
-
-def _code(t: Tensor | None) -> int:
-    return 0 if t is None else _DTYPE[t.dtype]
-
-
-def _config(config: heuristics.LinearConfig) -> LinearConfig:
-    return LinearConfig(config.path, config.block_m, config.block_n, config.block_k, config.threads)
-
-
-def _contiguous(t: Tensor | None) -> Tensor | None:
-    return None if t is None else t.contiguous()
+    _group_fwd_config, _group_bwd_config, _group_lora_bwd_config = _linear_fwd_config, _linear_bwd_config, _lora_bwd_config
 
 
 host = HostLibrary()
 host.enter()
+host.load()  # now, as a process forked later has to know that it is one

@@ -18,7 +18,7 @@ class CudaLibrary(CudaGrads):
 
     backend = prefix = "cuda"
     functions = CUDA_FUNCTIONS
-    ops = (*CUDA_FUNCTIONS, "group_fwd", "group_bwd", "group_lora_bwd", "linear_grads", "group_grads")
+    ops = (*CUDA_FUNCTIONS, "group_fwd", "group_bwd", "group_lora_bwd", "linear_grads", "group_grads", "dequantize_into")
     stream = True
     remedy = "reinstall nf4lora where nvcc is on the PATH"
 
@@ -71,6 +71,8 @@ class CudaLibrary(CudaGrads):
 
     def _dequantize_config(self, packed: Tensor, *args: Any) -> int:
         return heuristics.cuda_dequantize(2 * packed.numel(), self.multiprocessors(packed.device))
+
+    _dequantize_into_config = _dequantize_config
 
     def workspace_bytes(self, name: str, params: Structure) -> int:
         return self._workspace_function(name)(byref(params))

@@ -10,7 +10,6 @@ import torch
 
 from . import backends, checks, checks_optim, reference_optim
 from . import grad_rows as grad_rows  # enters the rows of linear_grads and group_grads that are made of other ops
-from . import group_rows as group_rows  # enters the "cpu" rows of groups
 from . import native as native  # enters the rows of the "cpu" back end
 from . import native_cuda as native_cuda  # of "cuda"
 from . import reference
@@ -82,6 +81,11 @@ dequantize = _define(
     f"dequantize({_WEIGHT}, SymInt[] shape, int blocksize, str quant_type, ScalarType dtype) -> Tensor",
     lambda packed, absmax, nested_absmax, offset, shape, blocksize, quant_type, dtype: packed.new_empty(shape, dtype=dtype),
     checks.dequantize,
+)
+dequantize_into = _define(
+    f"dequantize_into({_WEIGHT}, int blocksize, str quant_type, Tensor(a!) out) -> ()",
+    lambda *args: None,
+    checks.dequantize_into,
 )
 linear_fwd = _define(
     f"linear_fwd(Tensor x, {_WEIGHT}, Tensor? bias, Tensor? lora_A, Tensor? lora_B, Tensor? seed, "

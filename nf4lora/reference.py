@@ -53,12 +53,16 @@ def dequantize(
     shape: list[int], blocksize: int, quant_type: str, dtype: torch.dtype,
 ) -> Tensor:  # fmt: skip
     """dtype [shape]: `round(code * absmax)`, the product in float32 with one rounding to dtype; exact in float64."""
-    numel = math.prod(shape)
-    work = torch.float64 if dtype == torch.float64 else torch.float32
+    numel, work = math.prod(shape), torch.float64 if dtype == torch.float64 else torch.float32
     codes = torch.stack((packed.reshape(-1) >> 4, packed.reshape(-1) & 15), dim=-1).reshape(-1)[:numel]
     scale = dequantize_absmax(absmax, nested_absmax, offset).repeat_interleave(blocksize)[:numel]
     values = codebook(quant_type, packed.device)[codes.int()].to(work)
     return (values * scale.to(work)).to(dtype).reshape(shape)
+
+
+def dequantize_into(packed, absmax, nested_absmax, offset, blocksize, quant_type, out) -> None:
+    """`dequantize` to the shape and dtype of out, contiguous, and into it."""
+    out.copy_(dequantize(packed, absmax, nested_absmax, offset, out.shape, blocksize, quant_type, out.dtype))
 
 
 def linear_fwd(

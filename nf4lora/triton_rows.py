@@ -80,6 +80,11 @@ def dequantize(*args: Any) -> Tensor:
     return kernels()[0][1].dequantize(*args)
 
 
+@implements("dequantize_into", "triton", why_not, _dequantize_config)
+def dequantize_into(*args: Any) -> None:
+    kernels()[0][1].dequantize_into(*args)
+
+
 def _swiglu_config(gate_up: Tensor, *args: Any) -> triton_tiles.TritonConfig:
     return triton_tiles.triton_swiglu()
 

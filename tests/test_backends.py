@@ -129,7 +129,7 @@ def test_report_names_every_back_end_once():
         assert all(by_name["cuda", b] for b in backends.PRIORITY["cuda"])
 
 
-@pytest.mark.parametrize("choose", [heuristics.cpu_linear_fwd, heuristics.cpu_linear_bwd])
+@pytest.mark.parametrize("choose", [heuristics.cpu_linear_fwd, heuristics.cpu_linear_bwd, heuristics.cpu_lora_bwd])
 def test_host_tiles_fit_their_scratch(choose):
     for threads in (1, 2, 3, 16, 64, 255):
         for M in (0, 1, 8, 9, 64, 65, 512, 10**6, 2**40):

@@ -7,6 +7,7 @@ import subprocess
 import sys
 import time
 import types
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 
@@ -81,6 +82,30 @@ def test_medians_and_ratios_are_of_each_round():
         and ours.of_ceiling is None
         and ours.timed == "told"
     )
+
+
+def test_times_are_also_compared_with_the_bases_round_by_round():
+    meter = Scripted([1.0, 4.0], [2.0, 2.0], [1.0, 1.0])
+    ours, peer, again = compare(replace(case(), bases=("peer", "gone"), flops=7), meter, rounds=2)
+    assert ours.over == {"peer": Spread(1.25, 0.5, 2.0)} and peer.over == {"peer": Spread(1.0, 1.0, 1.0)}
+    assert again.over == {"peer": Spread(0.5, 0.5, 0.5)} and ours.ratio == Spread(1.0, 1.0, 1.0) and ours.flops == 7
+    assert compare(case(), Scripted([1.0], [1.0], [1.0]), rounds=1)[0].over is None
+
+
+def test_a_host_goes_round_the_calls_and_each_must_pass():
+    log = []
+
+    @contextmanager
+    def within():
+        log.append("in")
+        yield
+        log.append("out")
+
+    contender = Contender(tuple((lambda i=i: log.append(i) or i) for i in range(3)), ours=True, within=within)
+    sample = WallMeter().prepare(contender, lambda result: log.append(f"checked {result}"))
+    assert log == [entry for i in range(3) for entry in ("in", i, "out", f"checked {i}")]
+    log.clear()
+    assert sample.kernel_ms() > 0 and log == ["in", 0, 1, 2, "out"]
 
 
 def test_contenders_take_turns_and_each_round_starts_with_the_next():
@@ -291,7 +316,7 @@ def test_the_host_rows_pass_their_gates(tmp_path):
     assert harness.run("cpu_quantize", bench_quantize.cpu_cases((96, 64)), WallMeter(), 2, tmp_path) == 0
     rows = json.loads((tmp_path / "cpu_quantize.json").read_text())["rows"]
     ours = [row for row in rows if row["contender"] == "nf4lora"]
-    assert [row["case"] for row in ours] == ["quantize 96 × 64", "dequantize 96 × 64"]
+    assert [row["case"] for row in ours] == ["quantize 96 × 64", "dequantize 96 × 64", "dequantize 96 × 64 into memory that is there"]
     assert all(row["error"]["differing_bytes"] == 0 and row["of_ceiling"] for row in ours)
     assert 0 < ours[1]["error"]["rms"] <= ours[1]["error"]["max"] < 2**-8
     assert {row["contender"] for row in rows} == {"nf4lora", "bitsandbytes", "copy", "nf4lora (again)"}
@@ -472,7 +497,7 @@ def test_readme_is_what_the_report_makes_of_the_results():
     text = (ROOT / "README.md").read_text()
     assert report.renew(text, files.load(ROOT / "bench" / "results")) == text
     regions = {m[2] for m in report.REGION.finditer(text)}
-    assert regions >= {"methods", "cpu_linear", "cpu_quantize", "cuda_quantize"}
+    assert regions >= {"methods", "cpu_isas", "cuda_quantize"}
     assert text.count("<!-- bench:") == text.count("<!-- /bench -->") == len(report.REGION.findall(text))
 
 

@@ -20,7 +20,8 @@ FLOORS = (
     {"codebook", "heuristics", "quant_keys", "abi", "dropout", "matrices"},
     {"quant_state", "reference", "reference_optim", "backends", "triton_tiles", "tuned"},
     {"native_optim"},
-    {"native", "operands", "triton_kernels", "group_rows", "grad_rows", "eager"},
+    {"native_linear"},
+    {"native", "operands", "triton_kernels", "grad_rows", "eager"},
     {"cuda_paths", "checks", "checks_optim"},
     {"cuda_launch"},
     {"cuda_linear", "cuda_backward"},
@@ -179,8 +180,8 @@ def op_names():
 
 def test_the_ops_are_those():
     assert op_names() == [
-        "quantize", "quantize_absmax", "dequantize", "linear_fwd", "linear_bwd", "lora_bwd", "linear_grads", "group_fwd",
-        "group_bwd", "group_lora_bwd", "group_grads", "swiglu_fwd", "swiglu_bwd", "optim_check", "optim_step",
+        "quantize", "quantize_absmax", "dequantize", "dequantize_into", "linear_fwd", "linear_bwd", "lora_bwd", "linear_grads",
+        "group_fwd", "group_bwd", "group_lora_bwd", "group_grads", "swiglu_fwd", "swiglu_bwd", "optim_check", "optim_step",
     ]
 
 
@@ -189,7 +190,7 @@ def test_one_op_one_row(name):
     """Every op has a schema, a fake, a check, a documented reference of the same arguments, kernels and a test of its stem."""
     schema = getattr(ops, name).overload._schema
     steps = name.startswith("optim")  # in place
-    assert schema.name == f"nf4lora::{name}" and schema.is_mutable == steps
+    assert schema.name == f"nf4lora::{name}" and schema.is_mutable == (steps or name == "dequantize_into")
     function = getattr(grad_rows if name.endswith("_grads") else reference_optim if steps else reference, name)
     wanted = [a.name for a in schema.arguments]
     assert list(function.__code__.co_varnames[: function.__code__.co_argcount]) == wanted and function.__doc__

@@ -83,6 +83,57 @@ def test_alignment_does_not_change_the_bits(kernels):
         assert same_bits(dequantize_4bit(shifted, state), wanted)
 
 
+@pytest.mark.parametrize("dtype", FLOATS, ids=str)
+def test_into_memory_that_is_there(kernels, dtype):
+    for shape, blocksize, nested, quant_type in (((7, 333), 32, True, "nf4"), ((1,), 64, False, "fp4"), ((0, 5), 64, True, "nf4")):
+        packed, state = quantize_4bit(torch.randn(shape) * 0.05, blocksize, nested, quant_type)
+        wanted = dequantize_4bit(packed, state, dtype)
+        memory = torch.full((wanted.numel() + 64,), 7.0, dtype=dtype)
+        for start in fewer(range(33), kernels, 11):
+            memory.fill_(7.0)
+            out = memory[start : start + wanted.numel()].view(shape)
+            version = out._version
+            assert dequantize_4bit(packed, state, out=out) is out and out._version > version
+            assert same_bits(out, wanted) and bool((memory[:start] == 7).all() and (memory[start + wanted.numel() :] == 7).all())
+
+
+def test_into_memory_in_every_mode_and_compiled(backend):
+    packed, state = quantize_4bit(torch.randn(12, 33), compress_statistics=True)
+    wanted, out = dequantize_4bit(packed, state), torch.zeros(12, 33)
+    for context in (torch.enable_grad, torch.no_grad, torch.inference_mode):
+        with context():
+            assert same_bits(dequantize_4bit(packed, state, out=torch.zeros(12, 33)), wanted)
+    compiled = torch.compile(lambda out: dequantize_4bit(packed, state, out=out) * 2, fullgraph=True, backend="aot_eager")
+    assert same_bits(compiled(out), wanted * 2) and same_bits(out, wanted)
+
+
+def test_memory_that_does_not_fit_is_refused(format_backend):
+    packed, state = quantize_4bit(torch.randn(12, 33))
+    for out, error, said in (
+        (torch.zeros(33, 12), ValueError, r"found shape \(33, 12\), wanted \(12, 33\)"), (torch.zeros(33, 12).T, ValueError, "non-contiguous"),
+        (torch.zeros(12, 33, requires_grad=True), ValueError, "requires_grad"), (torch.zeros(12, 33, dtype=torch.int32), TypeError, "int32"),
+        (torch.zeros(12, 33, device="meta"), ValueError, "meta"), ([0.0], TypeError, "list"),
+    ):  # fmt: skip
+        with pytest.raises(error, match=f"out: .*{said}"):
+            dequantize_4bit(packed, state, out=out)
+    with pytest.raises(TypeError, match="out: found torch.float32, wanted torch.bfloat16"):
+        dequantize_4bit(packed, state, torch.bfloat16, torch.zeros(12, 33))
+
+
+@pytest.mark.parametrize("dtype", FLOATS, ids=str)
+def test_what_no_cache_holds_has_the_same_bits(cpu, dtype):
+    """Memory so large that it is written past the caches where it is aligned; last blocks that are not whole, too."""
+    numel = 2**25 // dtype.itemsize + 4097
+    packed = torch.randint(0, 256, (numel // 2 + 1, 1), dtype=torch.uint8)
+    absmax = torch.rand(-(-numel // 64))
+    memory = torch.empty(numel + 64, dtype=dtype)
+    for start in (0, 1, -memory.data_ptr() // dtype.itemsize % 64):
+        out = memory[start : start + numel]
+        out.fill_(torch.nan)
+        ops.dequantize_into(packed, absmax, None, None, 64, "nf4", out)
+        assert same_bits(out, reference.dequantize(packed, absmax, None, None, [numel], 64, "nf4", dtype))
+
+
 def test_float64_is_the_references_alone(format_backend):
     packed, state = quantize_4bit(torch.randn(4, 64))
     if format_backend == "reference":

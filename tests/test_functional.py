@@ -36,7 +36,7 @@ def test_signatures():
     for function in (quantize_nf4, quantize_fp4):
         assert arguments(function) == whole and list(arguments(function)) == list(whole)
     for function in (dequantize_4bit, dequantize_nf4, dequantize_fp4):
-        assert arguments(function) == {"packed": ..., "quant_state": ..., "dtype": None}
+        assert arguments(function) == {"packed": ..., "quant_state": ..., "dtype": None, "out": None}
     assert list(arguments(linear_4bit))[:3] == ["x", "packed", "quant_state"]
     assert nf4lora.quantize_4bit is nf4lora.functional.quantize_4bit
 

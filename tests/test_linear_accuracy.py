@@ -40,8 +40,8 @@ def test_error_ratio_over_model_shapes(backend, figures, dtype, M):
 @pytest.mark.parametrize("dtype", FLOATS, ids=str)
 def test_error_ratio_on_both_paths(monkeypatch, cpu, figures, dtype, path):
     for block in ((8, 64, 512), (240, 96, 256), (33, 20, 64)):
-        for chooser in ("cpu_linear_fwd", "cpu_linear_bwd"):
-            monkeypatch.setattr(heuristics, chooser, lambda M, threads, block=block: LinearConfig(path, *block, threads))
+        for chooser in ("cpu_linear_fwd", "cpu_linear_bwd", "cpu_lora_bwd"):
+            monkeypatch.setattr(heuristics, chooser, lambda M, threads, *_, block=block: LinearConfig(path, *block, threads))
         for M in (2, 40):
             check_error_ratio(random_case(M, 300, 700, 16, dtype, dropout_p=0.1, seed=M))
             figures[CASES] += 1
@@ -85,14 +85,15 @@ def test_same_bits_for_any_threads_and_every_time(cpu, dtype):
 
 @pytest.mark.parametrize("dtype", FLOATS, ids=str)
 def test_a_row_does_not_depend_on_its_neighbours(cpu, one_thread, dtype):
-    """Concatenation along M: within a path, a row's bits are its own."""
-    case = random_case(70, 333, 700, 16, dtype)
-    rest = case.packed, case.state, case.bias, case.lora_A, case.lora_B, case.scaling
-    whole = linear_4bit(case.x, *rest)
-    for first, last in ((0, 9), (9, 30), (30, 70)):
-        assert torch.equal(linear_4bit(case.x[first:last], *rest), whole[first:last])
-    few = linear_4bit(case.x[:8], *rest)
-    assert torch.equal(few[:3], linear_4bit(case.x[:3], *rest)) and torch.equal(few[7:], linear_4bit(case.x[7:8], *rest))
+    """Concatenation along M: within a path, a row's bits are its own. K = 704 has whole blocks in a row, 700 has not.
+    AMX tiles begin with 5 tokens."""
+    for K in (700, 704):
+        case = random_case(110, 333, K, 16, dtype)
+        rest = case.packed, case.state, case.bias, case.lora_A, case.lora_B, case.scaling
+        for most, parts in ((4, ((0, 1), (1, 4))), (32, ((0, 13), (13, 32))), (110, ((0, 40), (40, 110)))):
+            whole = linear_4bit(case.x[:most], *rest)
+            for first, last in parts:
+                assert torch.equal(linear_4bit(case.x[first:last], *rest), whole[first:last])
 
 
 def padded(t, offset, fill):

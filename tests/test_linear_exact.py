@@ -6,7 +6,7 @@ import pytest
 import torch
 from drawn import FLOATS, drawn_case
 
-from nf4lora import backends, heuristics, linear_4bit, quantize_4bit, reference
+from nf4lora import backends, heuristics, linear_4bit, ops, quantize_4bit, reference
 from nf4lora.codebook import QUANT_TYPES
 from nf4lora.heuristics import LinearConfig, LinearPath
 from nf4lora.testing import check_exact, exact_case
@@ -36,8 +36,8 @@ def test_every_tiling_is_exact(monkeypatch, cpu, figures, path, threads):
     draw = random.Random(f"{path} {threads}")
     for block_m, block_n, block_k in ((1, 1, 64), (8, 64, 512), (5, 7, 128), (240, 96, 256), (16, 16, 64), (33, 130, 192)):
         config = LinearConfig(path, block_m, block_n, block_k, threads)
-        for chooser in ("cpu_linear_fwd", "cpu_linear_bwd"):
-            monkeypatch.setattr(heuristics, chooser, lambda M, threads, config=config: config)
+        for chooser in ("cpu_linear_fwd", "cpu_linear_bwd", "cpu_lora_bwd"):
+            monkeypatch.setattr(heuristics, chooser, lambda M, threads, *_, config=config: config)
         for _ in range(24 // threads**2):
             check_exact(drawn_case(draw))
             figures[CASES] += 1
@@ -111,6 +111,17 @@ def test_row_17_no_rows_and_one_dimension(backend, dtype):
         assert x.grad.shape == x.shape and A.grad.shape == A.shape and B.grad.shape == B.shape
         if 0 in shape:
             assert not (A.grad.any() or B.grad.any() or bias.grad.any())
+
+
+def test_no_columns_give_zeros_and_the_bias(backend):
+    """K = 0: xa and the adapters' gradients are sums of nothing."""
+    packed, nothing = torch.empty(0, 1, dtype=torch.uint8), torch.empty(0)
+    A, B, bias = torch.empty(2, 0), torch.ones(4, 2), torch.arange(4.0)
+    for M in (3, 40):
+        x, dy = torch.empty(M, 0), torch.ones(M, 4)
+        y, xa = ops.linear_fwd(x, packed, nothing, None, None, bias, A, B, None, 4, 64, "nf4", 1.0, 0.0)
+        assert torch.equal(y, bias.expand(M, 4)) and torch.equal(xa, torch.zeros(M, 2))
+        assert torch.equal(ops.lora_bwd(dy, x, xa, A, B, None, 1.0, 0.0, True, True)[2], torch.zeros(4, 2))
 
 
 def test_each_gradient_only_if_asked_for(backend):

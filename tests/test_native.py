@@ -9,13 +9,15 @@ import subprocess
 import sys
 from pathlib import Path
 
+import cpu_builds
 import pytest
 import torch
 
 from nf4lora import abi, heuristics, native, native_cuda, native_optim, ops, reference_optim
 
+REFUSED = "NF4LORA_CPU_ISA names an instruction set that this processor lacks, or that this library was built without"
 CSRC = Path(__file__).parents[1] / "csrc"
-ISAS = ("portable", "avx2", "avx512", "avx512vbmi")
+ISAS = ("portable", "avx2", "avx512", "avx512vbmi", "avx512bf16", "amx")
 KINDS = {
     "int64_t": ctypes.c_int64, "int32_t": ctypes.c_int32, "float": ctypes.c_float, "double": ctypes.c_double, "Weight": abi.Weight,
     "Dropout": abi.Dropout, "LinearConfig": abi.LinearConfig, "CudaConfig": abi.CudaConfig,
@@ -74,7 +76,7 @@ def test_sizes_and_offsets_equal_the_compilers(tmp_path):
 
 def test_enums_equal_the_tables():
     enums = {n: dict(re.findall(r"(\w+) = (\d+)", body)) for n, body in re.findall(r"enum (\w+) : int32_t \{(.*?)\}", source("params.h"), re.S)}
-    codes = {f"k{str(d).removeprefix('torch.').capitalize().replace('f', 'F')}": str(c) for d, c in native._DTYPE.items()}
+    codes = {f"k{str(d).removeprefix('torch.').capitalize().replace('f', 'F')}": str(c) for d, c in native_optim.DTYPE.items()}
     codes["kBFloat16"] = codes.pop("kBFloat16", codes.pop("kBfloat16", None))
     assert {k.lower(): v for k, v in enums["Dtype"].items()} == {k.lower(): v for k, v in codes.items()}
     assert enums["QuantType"] == {f"k{q.upper()}": str(i) for i, q in enumerate(native.QUANT_TYPES)}
@@ -108,6 +110,8 @@ def processor_has(isa):
     flags = set(Path("/proc/cpuinfo").read_text().split()) if Path("/proc/cpuinfo").exists() else set()
     wanted = {"portable": set(), "avx2": {"avx2", "fma", "f16c"}, "avx512": {"avx512f", "avx512bw", "avx512vl", "avx512dq", "avx2"}}
     wanted["avx512vbmi"] = wanted["avx512"] | {"avx512vbmi"}
+    wanted["avx512bf16"] = wanted["avx512vbmi"] | {"avx512_bf16"}
+    wanted["amx"] = wanted["avx512bf16"] | {"amx_tile", "amx_bf16"}
     return wanted[isa] <= flags
 
 
@@ -119,30 +123,94 @@ def test_selftest_under_each_instruction_set(isa):
         assert done.returncode == 0 and f"host kernels: {isa}" in done.stdout, done.stdout + done.stderr
         assert " 0 failed" in f" {done.stdout.splitlines()[-1]}"
     else:
-        assert done.returncode == 1 and "NF4LORA_CPU_ISA" in done.stdout
+        assert done.returncode == 1 and REFUSED in done.stdout and "portable" in done.stdout, done.stdout + done.stderr
+        pytest.skip(f"not run here: this processor has no {isa}, and that was said")
 
 
-def test_instruction_sets_agree_on_bytes(tmp_path):
-    """quantize and dequantize give the same bytes whatever the instruction set."""
-    code = """
+@pytest.mark.parametrize("isa", ["avx1024", "AVX2", "portable,avx2", "avx2 "])
+def test_an_unknown_instruction_set_is_refused(isa):
+    code = "import torch, nf4lora; from nf4lora import native; print(native.host.isa()); nf4lora.quantize_4bit(torch.zeros(64))"
+    done = subprocess.run([sys.executable, "-c", code], env=os.environ | {"NF4LORA_CPU_ISA": isa}, capture_output=True, text=True)
+    assert done.returncode == 1 and done.stdout == "None\n"
+    assert REFUSED in done.stderr and all(f" {built}" in done.stderr for built in ISAS)
+
+
+def test_instruction_sets_share_no_code(tmp_path):
+    """A function of a header that the linker may take from any object, it may take from one for a better processor."""
+    tables = cpu_builds.tables()
+    shared = []
+    for name, file in cpu_builds.objects(tmp_path, tables["ISAS"], []).items():
+        named = subprocess.run(["nm", "-C", "--defined-only", file], capture_output=True, text=True, check=True).stdout
+        isa = name.split(".")[-1]
+        for kind, symbol in (line.split(maxsplit=2)[1:] for line in named.splitlines() if isa not in tables["ONCE"]):
+            if kind in "TWVuC" and f"nf4lora::{isa}::" not in symbol and not symbol.startswith("DW.ref."):
+                shared.append(f"{name}: {symbol}")
+    assert not shared
+
+
+FORMAT_BYTES = """
 import hashlib, sys, torch
-from nf4lora import dequantize_4bit, native, quantize_4bit
-a = torch.randn(100_003, generator=torch.Generator().manual_seed(0))
-h = hashlib.sha256()
-for dtype in (torch.float32, torch.bfloat16, torch.float16):
-    for nested in (False, True):
-        for quant_type in ("nf4", "fp4"):
-            packed, state = quantize_4bit(a.to(dtype), 64, nested, quant_type)
-            for t in (packed, state.absmax, dequantize_4bit(packed, state)):
-                h.update(t.reshape(-1).view(torch.uint8).numpy().tobytes())
+from nf4lora import backends, dequantize_4bit, native, ops, quantize_4bit
+from nf4lora.codebook import boundaries
+
+def add(*tensors):
+    for t in tensors:
+        t = torch.where(t.isnan(), torch.full_like(t, torch.nan), t) if t.is_floating_point() else t
+        h.update(t.contiguous().view(-1).view(torch.uint8).numpy().tobytes())
+
+def inputs():
+    g = torch.Generator().manual_seed(0)
+    words = torch.arange(-(2**15), 2**15).to(torch.int16)
+    for dtype in (torch.bfloat16, torch.float16):
+        for each in (words.view(dtype), words[torch.randperm(2**16, generator=g)].view(dtype)):
+            yield each[:65_503], (32, 64, 4096)  # NaN and infinities, too
+            yield each[each.isfinite()], (32, 128, 4096)
+    a = torch.randn(40_003, generator=g)
+    for scale in (1.0, 1e-37, 1e-41, 1e38):
+        yield a * scale, (32, 64, 128, 4096)
+    yield torch.zeros(99) * torch.tensor(-1.0), (32,)
+    for quant_type in ("nf4", "fp4"):  # ties at every place of a block
+        b = boundaries(quant_type)
+        yield torch.cat([torch.ones(1), b, torch.nextafter(b, torch.tensor(2.0))]).repeat(64), (32, 64)
+
+torch.set_num_threads(1)
+h, g = hashlib.sha256(), torch.Generator().manual_seed(1)
+with backends.use_backend(sys.argv[1]):
+    for a, blocksizes in inputs():
+        for blocksize in blocksizes:
+            for quant_type in ("nf4", "fp4"):
+                packed, absmax = ops.quantize(a, blocksize, quant_type)
+                add(packed, absmax)
+                if a.isfinite().all():
+                    packed, state = quantize_4bit(a, blocksize, True, quant_type)
+                    add(state.absmax, state.nested_absmax)
+                    for dtype in (torch.float32, torch.bfloat16, torch.float16):
+                        add(dequantize_4bit(packed, state, dtype))
+    # Every bfloat16 as an absmax, and as the scale of one
+    absmax = torch.arange(-(2**15), 2**15).to(torch.int16).view(torch.bfloat16).float()
+    absmax[-1] = torch.tensor(2**31 - 1, dtype=torch.int32).view(torch.float32)  # NaN that rounding up would make -0
+    packed = torch.randint(0, 256, (2**20, 1), dtype=torch.uint8, generator=g)
+    codes = torch.randint(0, 256, (2**16,), dtype=torch.uint8, generator=g)
+    for quant_type in ("nf4", "fp4"):
+        for dtype in (torch.float32, torch.bfloat16, torch.float16):
+            add(ops.dequantize(packed, absmax, None, None, [2**21], 32, quant_type, dtype))
+            add(ops.dequantize(packed, codes, absmax[77::256].contiguous(), torch.tensor(0.3), [2**21], 32, quant_type, dtype))
+    for scale in (1.0, 1e-38, 3e38):
+        add(*ops.quantize_absmax(torch.randn(70_001, generator=g) * scale, torch.tensor(0.01 * scale)))
 print(native.host.isa(), h.hexdigest())
 """
+
+
+def test_instruction_sets_give_the_references_bytes():
+    """quantize and dequantize give the same bytes whatever the instruction set: of every 16-bit number, denormals and zeros."""
     sums = {}
-    for isa in filter(processor_has, ISAS):
-        done = subprocess.run([sys.executable, "-c", code], env=os.environ | {"NF4LORA_CPU_ISA": isa}, capture_output=True, text=True, check=True)
+    for isa in ("reference", *filter(processor_has, ISAS)):
+        env = os.environ | {"NF4LORA_CPU_ISA": isa.replace("reference", "")}
+        backend = "reference" if isa == "reference" else "cpu"
+        done = subprocess.run([sys.executable, "-c", FORMAT_BYTES, backend], env=env, capture_output=True, text=True, check=True)
         name, sums[isa] = done.stdout.split()
-        assert name == isa
-    assert len(set(sums.values())) == 1, sums
+        assert isa in (name, "reference")
+    assert len(sums) > 1 and len(set(sums.values())) == 1, sums
 
 
 def test_a_message_of_the_library_becomes_an_error(cpu, monkeypatch):

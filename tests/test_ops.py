@@ -76,6 +76,11 @@ def test_opcheck(backend, name):
         torch.library.opcheck(getattr(ops, name).overload, args)  # all of torch's test utilities
 
 
+def test_opcheck_of_an_op_in_place(backend):
+    for *weight, _, blocksize, quant_type, dtype in list(samples("dequantize"))[::3]:
+        torch.library.opcheck(ops.dequantize_into.overload, (*weight, blocksize, quant_type, torch.zeros(12, 33, dtype=dtype)))
+
+
 def tensors_of(outputs):
     """An op's outputs in a row, those of lists too."""
     for out in outputs if isinstance(outputs, (tuple, list)) else (outputs,):

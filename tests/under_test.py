@@ -20,7 +20,7 @@ KERNELS = ("cpu", "cuda_on_host", "triton") + (("cuda",) if GPU else ())
 GROUPS = ("group_fwd", "group_bwd", "group_lora_bwd", "linear_grads", "group_grads")
 
 
-IN_PLACE = ("optim_check", "optim_step")
+IN_PLACE = ("optim_check", "optim_step", "dequantize_into")
 
 
 def _fetch(here: Any, there: Any) -> None:
@@ -77,7 +77,7 @@ def _by_way_of_the_gpu(name: str) -> str:
 
         return call
 
-    for op in (*CUDA_FUNCTIONS, *GROUPS):
+    for op in {*CUDA_FUNCTIONS, *GROUPS, *IN_PLACE}:
         backends.implements(op, f"{name} by way of the GPU")(sent(op))
     return f"{name} by way of the GPU"
 
@@ -95,9 +95,14 @@ def _interpreted() -> str:
                 return backends.run("dequantize", *rest, torch.float32).to(dtype)
             return backends.run("dequantize", *args)
 
+    def dequantize_into(*args: Any) -> None:
+        *rest, out = args
+        out.copy_(dequantize(*rest[:4], out.shape, *rest[4:], out.dtype))
+
     name = "triton, interpreted"
-    for op in (o for o in (*CUDA_FUNCTIONS, *GROUPS) if backends.has(o, "triton")):
+    for op in (o for o in {*CUDA_FUNCTIONS, *GROUPS, *IN_PLACE} if backends.has(o, "triton")):
         row = backends._ROWS[op, "triton"]
         backends.implements(op, name, row.why_not, row.configure)(row.call)
-    backends.implements("dequantize", name, backends._ROWS["dequantize", "triton"].why_not)(dequantize)
+    for own in (dequantize, dequantize_into):
+        backends.implements(own.__name__, name, backends._ROWS[own.__name__, "triton"].why_not)(own)
     return name

@@ -1,7 +1,5 @@
 """dequantize in Triton: one launch from packed codes and absmax, nested or not, to the dense tensor."""
 
-import math
-
 import torch
 import triton
 import triton.language as tl
@@ -105,7 +103,13 @@ def dequantize(packed, absmax, nested_absmax, offset, shape, blocksize, quant_ty
     Source: nf4lora/reference.py, dequantize.
     """
     out = packed.new_empty(shape, dtype=dtype)
-    numel = math.prod(shape)
+    dequantize_into(packed, absmax, nested_absmax, offset, blocksize, quant_type, out, config)
+    return out
+
+
+def dequantize_into(packed, absmax, nested_absmax, offset, blocksize, quant_type, out, config: TritonConfig) -> None:
+    """The same into `out`, contiguous."""
+    numel = out.numel()
     if numel:
         nested = nested_absmax is not None
         words = config.weights // 8
@@ -117,4 +121,3 @@ def dequantize(packed, absmax, nested_absmax, offset, shape, blocksize, quant_ty
                 ASM=isinstance(dequantize_kernel, triton.JITFunction), WORDS=words,
                 num_warps=config.warps, enable_fp_fusion=False,
             )  # fmt: skip
-    return out

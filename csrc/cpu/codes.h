@@ -1,4 +1,4 @@
-// 8-bit codes of an optimizer's states, a group of 64 at a time: decoded, and found again as the nearest of 256 values.
+// 8-bit codes of an optimizer's states, or of absmax, a group of 64 at a time: decoded, and found again as the nearest of 256 values.
 //   encode: as ../optim.h's encode_in_cell, the cell of a value tells which boundary decides.
 //   Tables are looked up by permutations of bytes where the processor has them, one by one elsewhere.
 #pragma once
@@ -17,10 +17,10 @@ constexpr int kGroupVecs = kGroup / kWidth;
 
 typedef uint8_t Bytes __attribute__((vector_size(kGroup)));
 typedef int8_t Signs __attribute__((vector_size(kGroup)));
-typedef uint16_t Pairs __attribute__((vector_size(kGroup)));
-typedef int16_t SignedPairs __attribute__((vector_size(kGroup)));
+typedef uint16_t Shorts __attribute__((vector_size(kGroup)));
+typedef int16_t SignedShorts __attribute__((vector_size(kGroup)));
 using EveryByte = std::make_integer_sequence<int, kGroup>;
-using EveryPair = std::make_integer_sequence<int, kGroup / 2>;
+using EveryShort = std::make_integer_sequence<int, kGroup / 2>;
 
 template <class V>
 NF4LORA_INLINE V load_as(const void *p) {
@@ -77,15 +77,15 @@ NF4LORA_INLINE void look_up(const Table &table, Bytes codes, Vec (&out)[kGroupVe
         found[b] = look_up(table.plane[b], codes);
     const Bytes a = in_turn<false>(found[0], found[1], EveryByte{}), b = in_turn<true>(found[0], found[1], EveryByte{});
     const Bytes c = in_turn<false>(found[2], found[3], EveryByte{}), d = in_turn<true>(found[2], found[3], EveryByte{});
-    out[0] = (Vec)in_turn<false>((Pairs)a, (Pairs)c, EveryPair{});
-    out[1] = (Vec)in_turn<true>((Pairs)a, (Pairs)c, EveryPair{});
-    out[2] = (Vec)in_turn<false>((Pairs)b, (Pairs)d, EveryPair{});
-    out[3] = (Vec)in_turn<true>((Pairs)b, (Pairs)d, EveryPair{});
+    out[0] = (Vec)in_turn<false>((Shorts)a, (Shorts)c, EveryShort{});
+    out[1] = (Vec)in_turn<true>((Shorts)a, (Shorts)c, EveryShort{});
+    out[2] = (Vec)in_turn<false>((Shorts)b, (Shorts)d, EveryShort{});
+    out[3] = (Vec)in_turn<true>((Shorts)b, (Shorts)d, EveryShort{});
 }
 
 template <class V>
-NF4LORA_INLINE SignedPairs high_halves(V a, V b) {
-    return (SignedPairs)every_other<true>((Pairs)a, (Pairs)b, EveryPair{});
+NF4LORA_INLINE SignedShorts high_halves(V a, V b) {
+    return (SignedShorts)every_other<true>((Shorts)a, (Shorts)b, EveryShort{});
 }
 
 template <bool high, class V>
@@ -187,20 +187,20 @@ static constexpr bool right(const DynamicMap &map) {
 
 static_assert(right(kSignedMap) && right(kUnsignedMap));
 
-NF4LORA_INLINE Pairs cells_in(const Cells &cells, Pairs words) {
-    const Pairs octave = words >> kOctaveBits;
-    return (words >> __builtin_shuffle(load_as<Pairs>(cells.shift), octave)) +
-           __builtin_shuffle(load_as<Pairs>(cells.base), octave);
+NF4LORA_INLINE Shorts cells_in(const Cells &cells, Shorts words) {
+    const Shorts octave = words >> kOctaveBits;
+    return (words >> __builtin_shuffle(load_as<Shorts>(cells.shift), octave)) +
+           __builtin_shuffle(load_as<Shorts>(cells.base), octave);
 }
 
 // Boundaries that are known to lie under each of four vectors' elements.
 NF4LORA_INLINE Bytes below(const DynamicMap &map, const Vec (&v)[kGroupVecs]) {
-    const SignedPairs high[] = {high_halves(v[0], v[1]), high_halves(v[2], v[3])}, least = SignedPairs{} + kLeastWord;
-    Pairs cell[2];
+    const SignedShorts high[] = {high_halves(v[0], v[1]), high_halves(v[2], v[3])}, least = SignedShorts{} + kLeastWord;
+    Shorts cell[2];
     NF4LORA_UNROLL
     for (int i = 0; i < 2; ++i) {
-        const SignedPairs size = map.is_signed ? high[i] & 0x7fff : high[i];
-        cell[i] = cells_in(map.cells, (Pairs)(least < size ? size : least));
+        const SignedShorts size = map.is_signed ? high[i] & 0x7fff : high[i];
+        cell[i] = cells_in(map.cells, (Shorts)(least < size ? size : least));
     }
     const Bytes low = halves<false>(cell[0], cell[1]), found = look_up(map.cells.below, low);
     if (!map.is_signed)
@@ -217,8 +217,8 @@ NF4LORA_INLINE void encode_group(const DynamicMap &map, const Vec (&v)[kGroupVec
     Vec boundary[kGroupVecs];
     const Bytes under = below(map, v);
     look_up(map.boundary, under, boundary);
-    const SignedPairs a = high_halves(v[0] > boundary[0], v[1] > boundary[1]);
-    const SignedPairs b = high_halves(v[2] > boundary[2], v[3] > boundary[3]);
+    const SignedShorts a = high_halves(v[0] > boundary[0], v[1] > boundary[1]);
+    const SignedShorts b = high_halves(v[2] > boundary[2], v[3] > boundary[3]);
     put_codes(codes, under - halves<false>(a, b));
 }
 #else

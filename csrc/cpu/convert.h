@@ -1,11 +1,16 @@
 // fp32 <-> bf16, fp16 over contiguous elements, without branches so that the loops vectorize. Narrowing rounds to
 // nearest even with denormals kept; NaN stays a (quiet) NaN.
 #pragma once
+#include <type_traits>
+
 #include "../params.h"
 #include "simd.h"
 
 namespace nf4lora {
 namespace NF4LORA_ISA {
+
+template <int32_t dtype>
+using Element = std::conditional_t<dtype == kFloat32, float, uint16_t>;
 
 NF4LORA_INLINE uint32_t bits_of(float f) {
     uint32_t u;
@@ -70,6 +75,11 @@ NF4LORA_INLINE void load_elements(const void *src, int32_t dtype, int64_t first,
     else
         for (int64_t i = 0; i < count; ++i)
             dst[i] = from_fp16(half[i]);
+}
+
+// Where element i is.
+NF4LORA_INLINE const void *element(const void *data, int32_t dtype, int64_t i) {
+    return data ? static_cast<const char *>(data) + i * (dtype == kFloat32 ? 4 : 2) : nullptr;
 }
 
 NF4LORA_INLINE float load_element(const void *src, int32_t dtype, int64_t i) {

@@ -1,32 +1,44 @@
 // out[i] = codebook[code i] * absmax[i / blocksize]; a nested absmax is decoded in the same pass
 // Operands:      packed uint8 [ceil(rows*cols/2)], absmax as Weight says -> out dtype [rows*cols]
 // Rounding:      the product in fp32, then to dtype (nearest even); the nested absmax rounds its product and its sum
-// Preconditions: blocksize and nested_blocksize at least 1; ops.py checks the operands
+// Preconditions: blocksize even, so that blocks begin on a byte; ops.py checks the rest
 // Memory:        reads numel / 2 bytes and the absmax, writes numel * sizeof(dtype); no allocation
-#include "convert.h"
 #include "decode.h"
 #include "ops.h"
+#include "threads.h"
 
 namespace nf4lora {
 namespace NF4LORA_ISA {
+namespace {
+
+constexpr int64_t kLeastPart = 1 << 14, kPartsPerThread = 8;
+constexpr int64_t kStreamed = 1 << 25;  // bytes, of which most have left the caches before anyone reads them
+
+template <int32_t dtype>
+void dequantize_as(const DequantizeParams &p) {
+    Element<dtype> *const out = static_cast<Element<dtype> *>(p.out);
+    const int64_t numel = p.w.rows * p.w.cols;
+    const bool whole_runs = p.w.blocksize % kRun == 0 && reinterpret_cast<uintptr_t>(out) % 64 == 0;
+    const bool stream = whole_runs && numel * static_cast<int64_t>(sizeof *out) >= kStreamed;
+    const int64_t part = round_up(numel / (kPartsPerThread * max_of(p.workers, 1)) + 1, kLeastPart);
+    for_parts(p.workers, ceil_div(numel, part), [&](int64_t i, int) {
+        const int64_t first = i * part, count = min_of(part, numel - first);
+        if (!stream)
+            return decode_as<dtype>(p.w, first, count, out + first);
+        decode_as<dtype, true>(p.w, first, count, out + first);
+        end_stream();
+    });
+}
+
+}  // namespace
 
 const char *dequantize(const DequantizeParams &p) {
-    constexpr int64_t kPiece = 2048;  // elements held as fp32 before they are rounded
-    const int64_t numel = p.w.rows * p.w.cols;
-    const int64_t pieces = ceil_div(numel, kPiece);
-    const int threads = static_cast<int>(max_of(1, min_of(p.workers, pieces)));
-    (void)threads;  // unread where OpenMP is off
-    NF4LORA_OMP(omp parallel for num_threads(threads) schedule(static))
-    for (int64_t piece = 0; piece < pieces; ++piece) {
-        const int64_t first = piece * kPiece, count = min_of(kPiece, numel - first);
-        if (p.dtype == kFloat32) {
-            decode_elements(p.w, first, count, static_cast<float *>(p.out) + first);
-            continue;
-        }
-        float values[kPiece];
-        decode_elements(p.w, first, count, values);
-        store_elements(p.out, p.dtype, first, count, values);
-    }
+    if (p.dtype == kFloat32)
+        dequantize_as<kFloat32>(p);
+    else if (p.dtype == kBFloat16)
+        dequantize_as<kBFloat16>(p);
+    else
+        dequantize_as<kFloat16>(p);
     return nullptr;
 }
 

@@ -1,7 +1,8 @@
-// dx = dy W + dropout_mask * (dyb lora_A); dyb already carries scaling
-// Operands:      W 4-bit [N, K]; dy dtype [M, N]; dyb dtype [M, r]; lora_A A_dtype [r, K] -> dx dtype [M, K]
-// Rounding:      W decoded to fp32, all sums in fp32, one rounding to dtype; the LoRA part is summed into the tile
-//                first and masked there, so dx is written once
+// dx = sum over members of dy_i W_i + dropout_mask * (dyb_i lora_A_i); dyb already carries scaling
+// Operands:      of each member W 4-bit [N, K], dy dtype [M, N] and lora_A A_dtype [r, K]; dyb dtype [M, sum r], a member's
+//                columns after those before it -> dx dtype [M, K]
+// Rounding:      all sums in fp32, one rounding to dtype; the LoRA parts are summed into the tile first and masked there, so
+//                dx is written once. W decoded to fp32, or where bf16 is multiplied as such (gemm.h) rounded to it
 // Preconditions: ops.py checks the operands. config.path is not read: W is used as it is stored, so the panels that
 //                serve many rows cost one row no transposition either
 // Memory:        the scratch of gemm.h; nothing of size [M, K] or [N, K]
@@ -12,16 +13,30 @@ namespace nf4lora {
 namespace NF4LORA_ISA {
 
 const char *linear_bwd(const LinearBwdParams &p) {
-    const int64_t N = p.w.rows, K = p.w.cols, r = p.dyb ? p.r : 0;
+    const int64_t K = p.member[0].w.cols;
     const DropoutMask mask = dropout_mask(p.dropout);
-    const Product base = {dense(p.dy, p.dy_dtype, N), kAsUsed, decoded(p.w), kAsUsed, N};
-    const Product lora = {dense(p.dyb, p.dy_dtype, r), kAsUsed, dense(p.lora_A, p.A_dtype, K), kAsUsed, r};
-    return for_tiles(p.M, K, max_of(N, r), true, p.config, [&](const Scratch &s, const Area &area) {
-        accumulate(lora, area, s);
-        if (mask.active && r > 0)
+    Product base[kMaxGroup], lora[kMaxGroup];
+    int64_t depth = 0, ranks = 0;
+    for (int64_t i = 0; i < p.count; ++i)
+        ranks += p.dyb ? p.member[i].r : 0;
+    int64_t before = 0;
+    for (int64_t i = 0; i < p.count; ++i) {
+        const Member &of = p.member[i];
+        const int64_t N = of.w.rows, r = p.dyb ? of.r : 0;
+        base[i] = {dense(of.dy, p.dy_dtype, of.ld_dy), kAsUsed, decoded(of.w), kAsUsed, N};
+        const void *const dyb = element(p.dyb, p.dy_dtype, before);
+        lora[i] = {dense(dyb, p.dy_dtype, ranks), kAsUsed, dense(of.lora_A, p.A_dtype, K), kAsUsed, r};
+        depth = max_of(depth, max_of(N, r));
+        before += r;
+    }
+    return for_tiles(p.M, K, depth, true, p.config, [&](const Scratch &s, const Area &area) {
+        for (int64_t i = 0; i < p.count; ++i)
+            accumulate(lora[i], area, s);
+        if (mask.active && ranks > 0)
             for (int64_t m = 0; m < area.rows; ++m)
                 apply_dropout(mask, (area.m0 + m) * K + area.n0, area.cols, s.tile + m * s.tile_stride);
-        accumulate(base, area, s);
+        for (int64_t i = 0; i < p.count; ++i)
+            accumulate(base[i], area, s);
         store_tile(s, area, p.dx, p.dy_dtype, K);
     });
 }

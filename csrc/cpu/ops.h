@@ -11,6 +11,8 @@ const char *dequantize(const DequantizeParams &);
 const char *linear_fwd(const LinearFwdParams &);
 const char *linear_bwd(const LinearBwdParams &);
 const char *lora_bwd(const LoraBwdParams &);
+const char *swiglu_fwd(const SwigluParams &);
+const char *swiglu_bwd(const SwigluParams &);
 const char *optim_step(const OptimParams &);
 const char *optim_check(const OptimCheckParams &);
 

@@ -7,10 +7,13 @@
 #include "codes.h"
 #include "ops.h"
 #include "philox.h"
+#include "threads.h"
 
 namespace nf4lora {
 namespace NF4LORA_ISA {
 namespace {
+
+constexpr float kLargest = std::numeric_limits<float>::max();
 
 // Of the bits of values, NaN above infinity.
 float absmax_of(const float *values, int64_t count) {
@@ -59,7 +62,7 @@ struct Coded {
         inv = reciprocal(largest);
     }
 
-    bool is_whole(int64_t count) const { return count == kStateBlock && absmax <= std::numeric_limits<float>::max(); }
+    bool is_whole(int64_t count) const { return count == kStateBlock && absmax <= kLargest; }
 
     void encode_group(int first) { encode_values(map, values + first, inv, codes + first); }
 
@@ -268,26 +271,27 @@ const char *optim_step(const OptimParams &p) {
         return nullptr;
     const int64_t blocks = blocks_of_all(p.tensors, p.count);
     const int parts = static_cast<int>(max_of(1, min_of(p.workers, blocks)));
-    NF4LORA_OMP(omp parallel for num_threads(parts) schedule(static))
-    for (int part = 0; part < parts; ++part)
+    for_parts(parts, parts, [&](int64_t part, int) {
         for_part(p.tensors, p.count, blocks, part, parts, [&p](const OptimTensor &of, int64_t from, int64_t to) {
             const OptimHyper &hyper = p.hypers[of.hyper];
             const OptimConstants c = constants_of(hyper, p.steps ? p.steps[of.slot] : hyper.step);
             for (int64_t block = from; block < to; ++block)
                 step_block(p, of, c, block);
         });
+    });
     return nullptr;
 }
 
 const char *optim_check(const OptimCheckParams &p) {
     const int64_t blocks = blocks_of_all(p.tensors, p.count);
     const int parts = static_cast<int>(max_of(1, min_of(p.workers, blocks)));
-    int found = 0;
-    NF4LORA_OMP(omp parallel for num_threads(parts) schedule(static) reduction(| : found))
-    for (int part = 0; part < parts; ++part)
-        for_part(p.tensors, p.count, blocks, part, parts, [&p, &found](const OptimTensor &of, int64_t from, int64_t to) {
-            found |= any_not_finite(of, p.dtype, from * kStateBlock, min_of(to * kStateBlock, of.numel));
+    int32_t found = 0;
+    for_parts(parts, parts, [&](int64_t part, int) {
+        for_part(p.tensors, p.count, blocks, part, parts, [&](const OptimTensor &of, int64_t from, int64_t to) {
+            if (any_not_finite(of, p.dtype, from * kStateBlock, min_of(to * kStateBlock, of.numel)))
+                __atomic_store_n(&found, 1, __ATOMIC_RELAXED);
         });
+    });
     *p.flag = found;
     for (int64_t i = 0; i < p.count; ++i)
         p.steps[p.tensors[i].slot] += !found;

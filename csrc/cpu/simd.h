@@ -11,11 +11,6 @@
 #else
 #define NF4LORA_UNROLL _Pragma("GCC unroll 16")
 #endif
-#if defined(_OPENMP)
-#define NF4LORA_OMP(...) _Pragma(#__VA_ARGS__)
-#else
-#define NF4LORA_OMP(...)
-#endif
 
 namespace nf4lora {
 namespace NF4LORA_ISA {
