@@ -58,7 +58,6 @@ CHOSEN = ("(cpu and (quantize or identity and True or one_hot or nan_and_inf or 
           " or tiling or larger_than or alignment or every_output or neighbours) and not (opcheck or -reference or triton or cuda)")  # fmt: skip
 
 
-
 def project_tests(address, isa, *arguments):
     return cpu_builds.python(address[1], isa, "pytest", "-q", "--capture=sys", "-p", "no:cacheprovider", "--timeout=600", *arguments)
 
@@ -209,7 +208,7 @@ def test_the_shipped_amx_objects_have_the_instruction(tmp_path):
 # ---- the pool is torch's
 
 POOL = """
-import hashlib, os, sys, threading, torch
+import hashlib, os, sys, threading, time, torch
 from nf4lora import dequantize_4bit, linear_4bit, quantize_4bit
 
 def tasks():
@@ -228,15 +227,24 @@ def theirs():
     return torch.exp(torch.ones(1 << 20)).sum()
 """
 SAME_THREADS = POOL + """
-for threads in (2, 3, 64, 3, 1):
+torch.set_num_threads(2)
+theirs()
+others = len(tasks()) - 2  # beside the pool
+for threads in (2, 3, 64, 3):
     torch.set_num_threads(threads)
     theirs()
-    before = tasks()
+    until = time.monotonic() + 30  # the threads that a smaller pool lets go end in their own time
+    while len(before := tasks()) > others + threads and time.monotonic() < until:
+        time.sleep(0.01)
+    assert len(before) == others + threads, (threads, others, len(before))
     ours()
     during = tasks()
     theirs()
     assert before == during == tasks(), (threads, len(before), before ^ during, during ^ tasks())
     print(ours())
+torch.set_num_threads(1)
+print(ours())
+assert tasks() == before
 """
 AT_ONCE = POOL + """
 wanted, found = ours(), []
