@@ -3,7 +3,9 @@
 from dataclasses import dataclass, replace
 from enum import IntEnum
 
-SCRATCH_BYTES = 8 << 20
+# Of the tiles of a call, and of as many threads as that is not enough for, of each; few tokens, or the rows of x that are
+# packed at a time, take 4 MiB more at most (csrc/cpu/gemm.h).
+SCRATCH_BYTES, THREAD_BYTES = 4 << 20, 128 << 10
 
 
 class LinearPath(IntEnum):
@@ -29,10 +31,11 @@ class LinearConfig:
 
     @property
     def scratch_bytes(self) -> int:
-        """Of tiles (csrc/cpu/gemm.h, dots.h, few.h), for the widest instruction set; few tokens themselves take 2 MiB at most."""
-        m, n, k = -(-self.block_m // 16) * 16, -(-self.block_n // 32) * 32, self.block_k
-        floats = m * n + m * (k + 16) + n * k + max(32 * k, m, n)
+        """Of tiles (csrc/cpu/gemm.h, dots.h, few.h), for the widest instruction set."""
+        m, n, k = -(-self.block_m // 48) * 48, -(-self.block_n // 32) * 32, self.block_k
+        floats = m * n + m * (min(k, 64) + 16) + n * k + max(32 * k, m, n)
         if self.path == LinearPath.ROWS:
+            m = -(-self.block_m // 16) * 16
             floats = max(m * n + m * (k + 16) + max(k, n), 17 * m * n + 65 * n + 3 * 1024)
         return 4 * floats * self.threads
 
@@ -61,21 +64,11 @@ class CudaLinearConfig:
 
 
 ROWS, PANELS = LinearPath.ROWS, LinearPath.PANELS
-# (largest M, config); source: calculated, the tiles of many tokens measured (bench/results/cpu_isas.json).
+# (largest M, config); source: calculated, many tokens measured (bench/results/cpu_isas.json).
 _CPU_FEW_BF16 = (32, LinearConfig(ROWS, 32, 24, 1024))
-_CPU_FORWARD = (
-    (8, LinearConfig(ROWS, 8, 24, 1024)),
-    (64, LinearConfig(PANELS, 66, 128, 128)),
-    (132, LinearConfig(PANELS, 132, 256, 128)),
-    (2**63, LinearConfig(PANELS, 516, 512, 128)),
-)
-_CPU_BACKWARD = (
-    (8, LinearConfig(PANELS, 8, 1024, 128)),
-    (132, LinearConfig(PANELS, 132, 512, 128)),
-    (2**63, LinearConfig(PANELS, 516, 512, 128)),
-)
+_CPU_FORWARD = ((8, LinearConfig(ROWS, 8, 24, 1024)), (2**63, LinearConfig(PANELS, 528, 128, 512)))
+_CPU_BACKWARD = ((8, LinearConfig(PANELS, 48, 1024, 128)), (2**63, LinearConfig(PANELS, 528, 128, 512)))
 _CPU_LORA_BACKWARD = ((2**63, LinearConfig(PANELS, 258, 256, 128)),)
-
 # Thread blocks resident on a multiprocessor (2048 threads, 256 to a block), and weights a block takes at a time, as in
 # csrc/cuda/quantize.cu and dequantize.cu; source: calculated.
 CUDA_BLOCKS_PER_SM = 8
@@ -194,7 +187,14 @@ def _fitted(rows: tuple[tuple[int, LinearConfig], ...], M: int, threads: int) ->
 
 
 def _fit(config: LinearConfig) -> LinearConfig:
-    """With smaller tiles, then fewer threads, until the scratch fits: none of it changes a bit of the result."""
-    while config.scratch_bytes > SCRATCH_BYTES and config.block_n > 64:
-        config = replace(config, block_m=-(-config.block_m // 2), block_n=config.block_n // 2)
-    return replace(config, threads=min(config.threads, SCRATCH_BYTES * config.threads // config.scratch_bytes))
+    """With smaller tiles, until the scratch fits: none of it changes a bit of the result."""
+    most = max(SCRATCH_BYTES, THREAD_BYTES * config.threads)
+    while config.scratch_bytes > most and (config.block_n > 32 or config.block_m > 48):
+        k = config.block_k
+        if config.path == PANELS and k > max(2 * config.block_n, 128):
+            config = replace(config, block_k=k // 2)
+        elif config.block_n > 32:
+            config = replace(config, block_n=config.block_n // 2)
+        else:
+            config = replace(config, block_m=config.block_m // 2)
+    return config

@@ -51,6 +51,16 @@ def test_larger_than_every_tile(cpu, figures):
             figures[CASES] += 1
 
 
+@pytest.mark.parametrize("dtype", FLOATS, ids=str)
+@pytest.mark.parametrize(("N", "K"), [(24, 4096), (4096, 24)])
+def test_more_rows_than_are_packed_at_once(cpu, figures, N, K, dtype):
+    """4 MiB of x, or of dy, are packed for all tiles: 256 rows of 4096 floats, 512 of bfloat16."""
+    torch.set_num_threads(2)
+    for M in (300, 600):
+        check_exact(exact_case(M, N, K, 4, dtype, dropout_p=0.5 * (M == 300)))
+        figures[CASES] += 1
+
+
 def test_at_least_2000_cases_ran(figures, request):
     """Runs after the sweeps above; alone it has nothing to judge."""
     ran = [item.originalname for item in request.session.items]

@@ -29,15 +29,17 @@ const char *linear_bwd(const LinearBwdParams &p) {
         depth = max_of(depth, max_of(N, r));
         before += r;
     }
-    return for_tiles(p.M, K, depth, true, p.config, [&](const Scratch &s, const Area &area) {
-        for (int64_t i = 0; i < p.count; ++i)
-            accumulate(lora[i], area, s);
-        if (mask.active && ranks > 0)
-            for (int64_t m = 0; m < area.rows; ++m)
-                apply_dropout(mask, (area.m0 + m) * K + area.n0, area.cols, s.tile + m * s.tile_stride);
-        for (int64_t i = 0; i < p.count; ++i)
-            accumulate(base[i], area, s);
-        store_tile(s, area, p.dx, p.dy_dtype, K);
+    return for_spans(p.M, base, p.count, p.config.threads, [&](Span span) {
+        return for_tiles(span, K, depth, true, p.config, [&](const Scratch &s, const Area &area) {
+            for (int64_t i = 0; i < p.count; ++i)
+                accumulate(lora[i], area, s);
+            if (mask.active && ranks > 0)
+                for (int64_t m = 0; m < area.rows; ++m)
+                    apply_dropout(mask, (area.m0 + m) * K + area.n0, area.cols, s.tile + m * s.tile_stride);
+            for (int64_t i = 0; i < p.count; ++i)
+                accumulate(base[i], area, s);
+            store_tile(s, area, p.dx, p.dy_dtype, K);
+        });
     });
 }
 

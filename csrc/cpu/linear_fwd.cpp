@@ -36,30 +36,35 @@ const char *linear_fwd(const LinearFwdParams &p) {
 #endif
     const auto sum = panels ? accumulate : accumulate_dots;
 
-    const Product down = {dropped(p.x, p.x_dtype, K, mask), kAsUsed, dense(p.lora_A, p.A_dtype, K), kTransposed, K};
-    LinearConfig down_config = p.config;
-    if (!panels) {  // few rows: the threads share the r columns instead
-        const int64_t share = ceil_div(max_of(r, 1), max_of(p.config.threads, 1));
-        down_config.block_n = static_cast<int32_t>(min_of(p.config.block_n, share));
-    }
-    const char *error = for_tiles(p.M, r, K, panels, down_config, [&](const Scratch &s, const Area &area) {
-        sum(down, area, s);
-        store_tile(s, area, p.xa, p.x_dtype, p.ld_xa);
-    });
-    if (error)
-        return error;
-
-    const Product up = {dense(p.xa, p.x_dtype, p.ld_xa), kAsUsed, dense(p.lora_B, p.B_dtype, r), kTransposed, r};
-    const Product base = {dense(p.x, p.x_dtype, K), kAsUsed, decoded(p.w), kTransposed, K};
-    return for_tiles(p.M, N, max_of(K, r), panels, p.config, [&](const Scratch &s, const Area &area) {
-        sum(up, area, s);
-        if (r > 0)
-            scale_tile(s, area, p.scaling);
-        sum(base, area, s);
-        if (p.bias)
-            add_bias(p, area, s);
-        store_tile(s, area, p.y, p.x_dtype, p.ld_y);
-    });
+    const auto forward = [&](Span span, Product &base) {
+        Product down = {dropped(p.x, p.x_dtype, K, mask), kAsUsed, dense(p.lora_A, p.A_dtype, K), kTransposed, K};
+        share_packed(base, down);
+        LinearConfig down_config = p.config;
+        if (!panels) {  // few rows: the threads share the r columns instead
+            const int64_t share = ceil_div(max_of(r, 1), max_of(p.config.threads, 1));
+            down_config.block_n = static_cast<int32_t>(min_of(p.config.block_n, share));
+        }
+        const char *error = for_tiles(span, r, K, panels, down_config, [&](const Scratch &s, const Area &area) {
+            sum(down, area, s);
+            store_tile(s, area, p.xa, p.x_dtype, p.ld_xa);
+        });
+        if (error)
+            return error;
+        const Product up = {dense(p.xa, p.x_dtype, p.ld_xa), kAsUsed, dense(p.lora_B, p.B_dtype, r), kTransposed, r};
+        return for_tiles(span, N, max_of(K, r), panels, p.config, [&](const Scratch &s, const Area &area) {
+            sum(up, area, s);
+            if (r > 0)
+                scale_tile(s, area, p.scaling);
+            sum(base, area, s);
+            if (p.bias)
+                add_bias(p, area, s);
+            store_tile(s, area, p.y, p.x_dtype, p.ld_y);
+        });
+    };
+    Product base = {dense(p.x, p.x_dtype, K), kAsUsed, decoded(p.w), kTransposed, K};
+    if (!panels)
+        return forward({0, p.M}, base);
+    return for_spans(p.M, &base, 1, p.config.threads, [&](Span span) { return forward(span, base); });
 }
 
 }  // namespace NF4LORA_ISA

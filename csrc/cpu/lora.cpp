@@ -13,7 +13,7 @@ namespace NF4LORA_ISA {
 // out [M, N] = factor * product, rows of out `stride` elements apart
 static const char *scaled_product(const Product &product, int64_t M, int64_t N, float factor, void *out, int32_t dtype,
                                   int64_t stride, const LinearConfig &config) {
-    return for_tiles(M, N, product.depth, true, config, [&](const Scratch &s, const Area &area) {
+    return for_tiles({0, M}, N, product.depth, true, config, [&](const Scratch &s, const Area &area) {
         accumulate(product, area, s);
         scale_tile(s, area, factor);
         store_tile(s, area, out, dtype, stride);

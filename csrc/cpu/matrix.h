@@ -59,14 +59,27 @@ NF4LORA_INLINE void load_line(const Matrix &matrix, int64_t row, int64_t col, in
     memset(dst + count, 0, (width - count) * sizeof *dst);
 }
 
+// The same where it lies, or in `line`.
+template <class Element>
+NF4LORA_INLINE const Element *line_of(const Matrix &matrix, int64_t row, int64_t col, int64_t count, int64_t width, Element *line) {
+    constexpr int32_t kIs = sizeof(Element) == sizeof(float) ? kFloat32 : kBFloat16;
+    if (matrix.data && matrix.dtype == kIs && !matrix.mask && count == width)
+        return static_cast<const Element *>(matrix.data) + row * matrix.stride + col;
+    load_line(matrix, row, col, count, width, line);
+    return line;
+}
+
 // Brings a row's part nearer that will be decoded soon: its rows lie too far apart for the processor to foresee.
 NF4LORA_INLINE void fetch_ahead(const Matrix &matrix, int64_t row, int64_t col, int64_t count) {
-    if (matrix.data)
-        return;
     constexpr int64_t kLine = 64;
-    const uint8_t *const packed = matrix.weight->packed + (row * matrix.stride + col) / 2;
-    for (int64_t i = 0; i < count / 2; i += kLine)
-        __builtin_prefetch(packed + i, 0, 2);
+    const Weight &w = *matrix.weight;
+    const int64_t first = row * matrix.stride + col, size = w.nested_absmax ? 1 : sizeof(float);
+    const auto fetch = [](const void *base, int64_t begin, int64_t end) {
+        for (int64_t i = begin & -kLine; i < end; i += kLine)
+            __builtin_prefetch(static_cast<const char *>(base) + i, 0, 2);
+    };
+    fetch(w.packed, first / 2, (first + count) / 2);
+    fetch(w.absmax, first / w.blocksize * size, ((first + count) / w.blocksize + 1) * size);
 }
 
 }  // namespace NF4LORA_ISA

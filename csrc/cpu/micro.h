@@ -9,9 +9,10 @@
 namespace nf4lora {
 namespace NF4LORA_ISA {
 
-// How micro-kernels reach X: its unit at row i and step k is x[i * row_stride + k * k_stride].
+// How X is reached: the unit at step k of row i of the g-th kRows rows is x[g * group + i * row + k * step]. Rows lie beside
+// each other, row = 1, but where tiles of AMX are loaded from them, which need step = 1.
 struct Strides {
-    int64_t row, k;
+    int64_t row, step, group;
 };
 
 struct Floats {
@@ -56,7 +57,7 @@ struct Pairs {
 #endif
 
 template <class Unit, int kRowCount>
-static void micro_kernel(const float *x, Strides stride, const float *panel, int64_t steps, float *c, int64_t c_stride) {
+static void micro_kernel(const float *x, int64_t x_step, const float *panel, int64_t steps, float *c, int64_t c_stride) {
     constexpr bool goes_on = Unit::kSteps == 0;
     const int64_t span = goes_on ? steps : Unit::kSteps;
     for (int64_t left = steps; left > 0; left -= span) {
@@ -67,14 +68,14 @@ static void micro_kernel(const float *x, Strides stride, const float *panel, int
             for (int j = 0; j < kMicroVecs; ++j)
                 acc[i][j] = goes_on ? load(c + i * c_stride + j * kWidth) : Vec{};
         }
-        for (int64_t k = min_of(left, span); k > 0; --k, x += stride.k, panel += kMicroCols) {
+        for (int64_t k = min_of(left, span); k > 0; --k, x += x_step, panel += kMicroCols) {
             Vec p[kMicroVecs];
             NF4LORA_UNROLL
             for (int j = 0; j < kMicroVecs; ++j)
                 p[j] = load(panel + j * kWidth);
             NF4LORA_UNROLL
             for (int i = 0; i < kRowCount; ++i) {
-                const Vec xi = Unit::splat(x + i * stride.row);
+                const Vec xi = Unit::splat(x + i);
                 NF4LORA_UNROLL
                 for (int j = 0; j < kMicroVecs; ++j)
                     acc[i][j] = Unit::multiply_add(xi, p[j], acc[i][j]);
@@ -92,12 +93,12 @@ static void micro_kernel(const float *x, Strides stride, const float *panel, int
 }
 
 template <class Unit, int kRowCount = Unit::kRows>
-NF4LORA_INLINE void run_micro_kernel(int64_t rows, const float *x, Strides stride, const float *panel, int64_t steps,
+NF4LORA_INLINE void run_micro_kernel(int64_t rows, const float *x, int64_t x_step, const float *panel, int64_t steps,
                                      float *c, int64_t c_stride) {
     if (rows >= kRowCount)
-        micro_kernel<Unit, kRowCount>(x, stride, panel, steps, c, c_stride);
+        micro_kernel<Unit, kRowCount>(x, x_step, panel, steps, c, c_stride);
     else if constexpr (kRowCount > 1)
-        run_micro_kernel<Unit, kRowCount - 1>(rows, x, stride, panel, steps, c, c_stride);
+        run_micro_kernel<Unit, kRowCount - 1>(rows, x, x_step, panel, steps, c, c_stride);
 }
 
 #if defined(__AMX_BF16__)
@@ -158,30 +159,36 @@ constexpr int kRowPad = kTileRows;
 constexpr int kRowPad = 1;
 #endif
 
-// C [rows, cols] += X P for a whole chunk: rows of C outermost within a panel, so that the panel stays in the cache.
-template <class Unit>
-static void multiply_chunk(int64_t rows, int64_t cols, const float *x, Strides stride, const float *panels, int64_t panel_stride,
-                           int64_t steps, float *tile, int64_t tile_stride) {
+// C [rows, cols] += X P for a whole chunk; before each of its parts calls before(part, parts).
+template <class Unit, class Before>
+NF4LORA_INLINE void multiply_chunk(int64_t rows, int64_t cols, const float *x, Strides stride, const float *panels,
+                                   int64_t panel_stride, int64_t steps, float *tile, int64_t tile_stride, const Before &before) {
 #if defined(__AMX_BF16__)
-    if (Unit::kDepth == 2 && stride.k == 1) {
+    if (Unit::kDepth == 2 && stride.step == 1) {
         configure_tiles();
-        for (int64_t n = 0; n < cols; n += kMicroCols)
+        const int64_t parts = ceil_div(cols, kMicroCols);
+        for (int64_t part = 0; part < parts; ++part) {
+            const float *const panel = panels + part * panel_stride;
+            before(part, parts);
             for (int64_t m = 0; m < rows; m += 2 * kTileRows) {
-                const float *const panel = panels + n / kMicroCols * panel_stride;
-                float *const c = tile + m * tile_stride + n;
+                float *const c = tile + m * tile_stride + part * kMicroCols;
                 if (rows - m <= kTileRows)
                     tile_kernel<1, 2>(x + m * stride.row, stride.row, panel, kMicroCols, steps, c, tile_stride);
                 else
                     tile_kernel<2, 2>(x + m * stride.row, stride.row, panel, kMicroCols, steps, c, tile_stride);
             }
+        }
         _tile_release();
         return;
     }
 #endif
-    for (int64_t n = 0; n < cols; n += kMicroCols)
-        for (int64_t m = 0; m < rows; m += Unit::kRows)
-            run_micro_kernel<Unit>(rows - m, x + m * stride.row, stride, panels + n / kMicroCols * panel_stride, steps,
-                                   tile + m * tile_stride + n, tile_stride);
+    const int64_t parts = ceil_div(rows, Unit::kRows);
+    for (int64_t part = 0; part < parts; ++part, x += stride.group, tile += Unit::kRows * tile_stride) {
+        before(part, parts);
+        for (int64_t n = 0; n < cols; n += kMicroCols)
+            run_micro_kernel<Unit>(rows - part * Unit::kRows, x, stride.step, panels + n / kMicroCols * panel_stride, steps,
+                                   tile + n, tile_stride);
+    }
 }
 
 }  // namespace NF4LORA_ISA
