@@ -285,7 +285,7 @@ static const char *few_tokens(const LinearFwdParams &p) {
     const int64_t N = p.w.rows, K = p.w.cols, r = p.r, rank = round_up(r, kWidth);
     const int64_t x_stride = round_up(K, kWords<P>), x_bytes = x_stride * sizeof(typename P::Element);
     int64_t block_m = min_of(min_of(p.config.block_m, p.M), max_of(kPlaneBytes / x_bytes, 1));
-    int64_t block_n = min_of(p.config.block_n, N), width = block_m;
+    int64_t block_n = min_of(p.config.block_n, column_share(N, kMostRows * P::kRows, p.config.threads)), width = block_m;
     const bool tiles = takes_tiles<P>(block_m, rank);
     if (tiles) {
         block_m = min_of(block_m, kTileN), width = round_up(block_m, kTileN / 2);

@@ -264,6 +264,11 @@ NF4LORA_INLINE void share_packed(const Product &from, Product &product) {
     product.first = from.first;
 }
 
+// Of N columns, some for every thread, but a multiple of `step`.
+NF4LORA_INLINE int64_t column_share(int64_t N, int64_t step, int64_t threads) {
+    return min_of(round_up(ceil_div(N, max_of(threads, 1)), step), N);
+}
+
 // Cuts the span's rows of C, which has N columns, into areas, and for each zeroes the tile and calls body(scratch, area), on
 // config.threads threads. `panels`: whether the body calls accumulate.
 template <class Body>
@@ -275,7 +280,7 @@ NF4LORA_INLINE const char *for_tiles(Span span, int64_t N, int64_t depth, bool p
     if (M == 0 || N == 0)
         return nullptr;
     const int64_t threads = max_of(config.threads, 1);
-    const int64_t block_n = min_of(config.block_n, N), tiles_n = ceil_div(N, block_n);
+    const int64_t block_n = min_of(config.block_n, column_share(N, kMicroCols, threads)), tiles_n = ceil_div(N, block_n);
     // a narrow output gets shorter tiles, so that every thread has some
     const int64_t row_step = panels ? kRowBlock : 1, row_share = round_up(ceil_div(M, ceil_div(threads, tiles_n)), row_step);
     const int64_t block_m = min_of(min_of(round_up(config.block_m, row_step), max_of(row_share, kRowBlock)), M);
