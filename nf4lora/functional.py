@@ -103,7 +103,10 @@ def dequantize_4bit(
     if out.shape != quant_state.shape or out.requires_grad:
         kind = ", requires_grad" if out.requires_grad else ""
         raise ValueError(f"out: found shape {tuple(out.shape)}{kind}, wanted {tuple(quant_state.shape)} without gradients")
-    ops.dequantize_into(packed, *_statistics(quant_state), quant_state.blocksize, quant_state.quant_type, out)
+    statistics = _statistics(quant_state)
+    if any(_overlap(out, t) for t in (packed, *statistics)):
+        raise ValueError("out: found memory of packed or of quant_state, wanted other memory")
+    ops.dequantize_into(packed, *statistics, quant_state.blocksize, quant_state.quant_type, out)
     if not (torch.compiler.is_compiling() or out.is_inference()):
         torch.autograd.graph.increment_version(out)  # torch's dispatcher does so too, but eager calls go past it
     return out
@@ -181,3 +184,10 @@ def _bytes(packed: Tensor, quant_state: QuantState) -> Tensor:
 
 def _statistics(state: QuantState) -> tuple[Tensor, Tensor | None, Tensor | None]:
     return state.absmax, state.nested_absmax, state.offset
+
+
+def _overlap(a: Tensor, b: Tensor | None) -> bool:
+    """Whether two contiguous tensors have bytes in common; of tensors without memory of their own, no."""
+    if type(a) is not Tensor or not isinstance(b, Tensor) or torch.compiler.is_compiling():
+        return False
+    return a.data_ptr() < b.data_ptr() + b.nbytes and b.data_ptr() < a.data_ptr() + a.nbytes

@@ -116,6 +116,12 @@ def test_memory_that_does_not_fit_is_refused(format_backend):
     ):  # fmt: skip
         with pytest.raises(error, match=f"out: .*{said}"):
             dequantize_4bit(packed, state, out=out)
+    memory = torch.zeros(2048, dtype=torch.uint8)
+    for first in (0, 192):  # its last byte, and all of it
+        memory[first : first + packed.numel()] = packed.flatten()
+        inside = memory[first : first + packed.numel()].view(packed.shape)
+        with pytest.raises(ValueError, match="out: found memory of packed"):
+            dequantize_4bit(inside, state, out=memory[packed.numel() - 2 :][: 12 * 33 * 4].view(torch.float32).view(12, 33))
     with pytest.raises(TypeError, match="out: found torch.float32, wanted torch.bfloat16"):
         dequantize_4bit(packed, state, torch.bfloat16, torch.zeros(12, 33))
 

@@ -115,11 +115,11 @@ static void pack_rows(const Product &product, int64_t m0, int64_t rows, int64_t 
     constexpr int64_t kPiece = 1024;  // whose units of kRows rows stay in the L1
     using Element = typename Unit::Element;
     Element memory[kPiece];
-    const int64_t step = stride.step;
-    for (int64_t i0 = 0; i0 < rows; i0 += Unit::kRows, units += stride.group)
+    const int64_t step = stride.step, padded_rows = round_up(rows, kRowPad);
+    for (int64_t i0 = 0; i0 < padded_rows; i0 += Unit::kRows, units += stride.group)
         for (int64_t k = 0; k < depth; k += kPiece) {
             const int64_t count = min_of(kPiece, depth - k), padded = round_up(count, Unit::kStep);
-            for (int64_t i = i0; i < min_of(i0 + Unit::kRows, round_up(rows, kRowPad)); ++i) {
+            for (int64_t i = i0; i < min_of(i0 + Unit::kRows, padded_rows); ++i) {
                 const Element *const line = line_of(product.x, m0 + i, k0 + k, i < rows ? count : 0, padded, memory);
                 float *const to = units + (i - i0) * stride.row + k / Unit::kDepth * step;
                 for (int64_t j = 0; j < padded / Unit::kDepth; ++j)
@@ -217,7 +217,7 @@ static void accumulate(const Product &product, const Area &area, const Scratch &
 
 // Calls body(span) for the rows of C a span after the other, with X of the products, as used, packed for it.
 template <class Body>
-NF4LORA_INLINE const char *for_spans(int64_t M, Product *products, int64_t count, int threads, const Body &body) {
+NF4LORA_INLINE const char *for_spans(int64_t M, Product *products, int64_t count, int32_t threads, const Body &body) {
     int64_t floats[kMaxGroup], all = 0;
     for (int64_t i = 0; i < count; ++i) {
         with_unit(products[i], [&](auto unit) {
@@ -241,7 +241,7 @@ NF4LORA_INLINE const char *for_spans(int64_t M, Product *products, int64_t count
             products[i].first = m0;
             at += at_once * floats[i];
         }
-        for_parts(threads, ceil_div(span.rows, kRowBlock) * count, [&](int64_t t, int) {
+        for_parts(max_of(threads, 1), ceil_div(span.rows, kRowBlock) * count, [&](int64_t t, int) {
             const Product &of = products[t % count];
             const int64_t block = t / count, row = block * kRowBlock;
             float *const units = memory + (of.packed - memory) + block * floats[t % count];
