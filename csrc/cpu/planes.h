@@ -203,7 +203,7 @@ struct Coded {
         Group found{table, {}};
         NF4LORA_UNROLL
         for (int n = 0; n < R; ++n)
-            __builtin_prefetch(packed[n] + ahead + g * sizeof(Vec), 0, 2);
+            __builtin_prefetch(packed[n] + ahead + g * sizeof(Vec), 0, 3);
         NF4LORA_UNROLL
         for (int n = 0; n < R; ++n)
             found.codes[n] = P::codes(table, packed[n] + g * sizeof(Vec), absmax[n] + g * (kWords<P> / kAbsmaxRun));
