@@ -6,6 +6,7 @@ import platform
 import re
 import shutil
 import subprocess
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 from setuptools import Extension, setup
@@ -71,16 +72,15 @@ class BuildLibrary(build_ext):
         os.makedirs(os.path.dirname(out), exist_ok=True)
         if ext.name.endswith("cuda"):
             return self.spawn([*CUDA, "-shared", *NVCC_FLAGS, *STRICT * bool(os.environ.get("NF4LORA_WERROR")), *ext.sources, "-o", out])
-        isas = known(cxx := compiler())
-        flags = [*FLAGS, *os.environ.get("CXXFLAGS", "").split()]
+        isas, flags = known(cxx := compiler()), [*FLAGS, *os.environ.get("CXXFLAGS", "").split()]
         jobs = {f"{Path(s).stem}.{isa}": (s, [*extra, f"-DNF4LORA_ISA={isa}"])
                 for s in ext.sources for isa, extra in isas.items() if Path(s).stem not in ONCE}  # fmt: skip
         best_first = "-DNF4LORA_ISAS(X)=" + " ".join(f"X({isa})" for isa in reversed(isas))
         jobs |= {stem: (f"csrc/cpu/{stem}.cpp", [best_first]) for stem in ONCE}
         os.makedirs(self.build_temp, exist_ok=True)
         objects = [f"{self.build_temp}/{name}.o" for name in jobs]
-        for target, (source, extra) in zip(objects, jobs.values()):
-            self.spawn([*cxx, *flags, *extra, "-c", source, "-o", target])
+        with ThreadPoolExecutor(os.cpu_count()) as pool:
+            list(pool.map(lambda o, job: self.spawn([*cxx, *flags, *job[1], "-c", job[0], "-o", o]), objects, jobs.values()))
         self.spawn([*cxx, "-shared", *flags, *objects, "-Wl,-z,relro,-z,now", "-lstdc++", "-ldl", "-pthread", "-o", out])  # CXX may be gcc
 
 

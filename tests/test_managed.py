@@ -248,10 +248,13 @@ def test_a_thousand_times(calls):
     try:
         for _ in range(50):
             once()
-        before, objects = rss(), len(gc.get_objects())
-        for _ in range(1000):
-            once()
-        assert rss() - before < 4 << 20 and len(gc.get_objects()) - objects < 50
+        objects, grown = len(gc.get_objects()), []
+        for _ in range(3):  # what leaks does so each time; other threads of the process may take memory once
+            before = rss()
+            for _ in range(1000):
+                once()
+            grown.append(rss() - before)
+        assert min(grown) < 1 << 20 and len(gc.get_objects()) - objects < 50, grown
     finally:
         gc.enable()
 

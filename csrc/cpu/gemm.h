@@ -1,9 +1,10 @@
 // The matrix product behind the linear kernels: an fp32 tile of C += X P over chunks of the reduction.
 //   X  is walked by the rows of C and P by its columns; each may be stored as it is used or transposed.
 //   Both are packed in the units of micro.h: pairs of bf16 where the processor multiplies them, X is bf16 and P is, or is a
-//   4-bit weight, which is rounded to it; else fp32. P a chunk at a time into panels [col / kMicroCols][unit][kMicroCols].
-//   X once for all tiles of a span of rows where for_spans packs it, else a chunk at a time into scratch.x. The order of
-//   every sum is fixed by k alone, so neither the tile sizes nor the number of threads change a bit.
+//   4-bit weight, which is rounded to it, or fp32, which becomes the sum of two; else fp32. P a chunk at a time into panels
+//   [col / kMicroCols][unit][kMicroCols]. X once for all tiles of a span of rows where for_spans packs it, else a chunk at a
+//   time into scratch.x. The order of every sum is fixed by k alone, so neither the tile sizes nor the number of threads
+//   change a bit.
 // Memory of a call: threads * 4 * (m * n + m * (j + 16) + n * block_k + max(kMicroCols * block_k, m, n)) bytes with
 // m = block_m rounded up to kRowBlock, n = block_n to kMicroCols, j = min(block_k, kOwnChunk), and each bound cut down to
 // the size of the problem; without panels (dots.h) j is block_k and the last two terms are max(block_k, n). The X of a span
@@ -194,7 +195,7 @@ static void accumulate_units(const Product &product, const Area &area, const Scr
 
 NF4LORA_INLINE bool in_pairs([[maybe_unused]] const Product &product) {
 #if defined(__AVX512BF16__)
-    return is_bf16(product.x) && is_bf16(product.p);
+    return is_bf16(product.x) && (is_bf16(product.p) || has_halves(product.p));
 #else
     return false;
 #endif
@@ -212,7 +213,13 @@ NF4LORA_INLINE void with_unit([[maybe_unused]] const Product &product, const Bod
 
 // tile += the area's part of the product
 static void accumulate(const Product &product, const Area &area, const Scratch &s) {
-    with_unit(product, [&](auto unit) { accumulate_units<decltype(unit)>(product, area, s); });
+    with_unit(product, [&](auto unit) {
+        Product part = product;
+        if (decltype(unit)::kDepth == 1 || !has_halves(product.p))
+            return accumulate_units<decltype(unit)>(product, area, s);
+        for (part.p.half = 1; part.p.half <= 2; ++part.p.half)
+            accumulate_units<decltype(unit)>(part, area, s);
+    });
 }
 
 // Calls body(span) for the rows of C a span after the other, with X of the products, as used, packed for it.
