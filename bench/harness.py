@@ -149,6 +149,7 @@ def run(
     """
     rows: list[Row] = []
     failed: list[str] = []
+    made = environment()  # before the results, which are files of the checkout themselves
     for build in cases:
         for taken in _attempts(build, meter, rounds, failed):
             for row in taken:
@@ -156,7 +157,7 @@ def run(
             rows += taken
         write(
             out / f"{stem}.json",
-            {"environment": environment(), "rows": [asdict(row) for row in rows], "failed": failed}
+            {"environment": made, "rows": [asdict(row) for row in rows], "failed": failed}
             | ({"absent": list(absent)} if absent else {}),
         )
     return 1 if failed else 0
