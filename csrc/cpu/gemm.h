@@ -24,6 +24,7 @@ constexpr const char *kBadConfig = "nf4lora: block_m, block_n must be at least 1
 constexpr int64_t kPad = 16;  // keeps rows of x from meeting in one cache set
 constexpr int64_t kOwnChunk = 64;  // units of the chunks of an X that is packed for one tile
 constexpr int64_t kPackedBytes = 4 << 20;
+constexpr int64_t kFetchedAhead = 4096;  // elements of P
 constexpr int64_t kRowBlock = 48;  // a multiple of every micro-kernel's rows
 
 enum Stored { kAsUsed, kTransposed };
@@ -68,11 +69,16 @@ static void pack_panel(const Product &product, int64_t k0, int64_t depth, const 
     using Element = typename Unit::Element;
     const int64_t cols = area.cols, padded = round_up(depth, Unit::kStep), panel_stride = kMicroCols * s.block_k;
     Element *const lines = reinterpret_cast<Element *>(s.lines);
+    // rows ahead of the one that is decoded: the processor drops what is fetched in a burst
+    const int64_t ahead = max_of(kFetchedAhead / (product.p_stored == kAsUsed ? cols : depth), 1);
     if (product.p_stored == kAsUsed) {
         const int64_t width = round_up(cols, kMicroCols);
         for (int64_t k = 0; k < padded; k += Unit::kDepth) {
-            for (int i = 0; i < Unit::kDepth; ++i)
+            for (int i = 0; i < Unit::kDepth; ++i) {
+                if (k + i + ahead < depth)
+                    fetch_ahead(product.p, k0 + k + i + ahead, area.n0, cols);
                 load_line(product.p, k0 + k + i, area.n0, k + i < depth ? cols : 0, width, lines + i * width);
+            }
             float *panel = s.panel + k / Unit::kDepth * kMicroCols;
             for (int64_t n = 0; n < width; n += kMicroCols, panel += panel_stride)
                 for (int j = 0; j < kMicroVecs; ++j)
@@ -82,8 +88,11 @@ static void pack_panel(const Product &product, int64_t k0, int64_t depth, const 
     }
     const int64_t line_stride = Unit::kDepth * s.block_k;
     for (int64_t n = 0; n < cols; n += kMicroCols) {
-        for (int64_t j = 0; j < kMicroCols; ++j)
+        for (int64_t j = 0; j < kMicroCols; ++j) {
+            if (n + j + ahead < cols)
+                fetch_ahead(product.p, area.n0 + n + j + ahead, k0, depth);
             load_line(product.p, area.n0 + n + j, k0, n + j < cols ? depth : 0, padded, lines + j * line_stride);
+        }
         float *panel = s.panel + n * s.block_k;
         // block_k is a multiple of the width, so the last block may run over `padded` within the scratch
         for (int64_t k = 0; k < padded; k += kWidth * Unit::kDepth)
@@ -149,32 +158,6 @@ static Strides pack_x(const Product &product, int64_t k0, int64_t depth, const A
     return {1, width, Unit::kRows};
 }
 
-// The part of a 4-bit P that a thread most likely needs next: its rows [row, row + rows), columns [col, col + cols).
-struct Next {
-    const Matrix &p;
-    int64_t row, rows, col, cols;
-};
-
-NF4LORA_INLINE Next next_chunk(const Product &product, int64_t k0, int64_t chunk, const Area &area) {
-    if (product.p.data)
-        return {product.p, 0, 0, 0, 0};
-    const Weight &w = *product.p.weight;
-    const bool beside = k0 >= product.depth;  // the first chunk of the next tile
-    const int64_t k = beside ? 0 : k0, depth = min_of(chunk, product.depth - k), n = area.n0 + beside * area.cols;
-    if (product.p_stored == kAsUsed)
-        return {product.p, k, depth, n, max_of(min_of(area.cols, w.cols - n), 0)};
-    return {product.p, n, max_of(min_of(area.cols, w.rows - n), 0), k, depth};
-}
-
-// Its share, when `part` of `parts` is multiplied: in the last quarter of them, lest it be gone again.
-NF4LORA_INLINE void fetch_share(const Next &next, int64_t part, int64_t parts) {
-    const int64_t begin = parts * 3 / 4, count = parts - begin;
-    if (part < begin || next.cols == 0)
-        return;
-    for (int64_t i = (part - begin) * next.rows / count; i < (part - begin + 1) * next.rows / count; ++i)
-        fetch_ahead(next.p, next.row + i, next.col, next.cols);
-}
-
 template <class Unit>
 static void accumulate_units(const Product &product, const Area &area, const Scratch &s) {
     const int64_t chunk = Unit::kDepth * (product.packed ? s.block_k : s.own_chunk);
@@ -187,9 +170,7 @@ static void accumulate_units(const Product &product, const Area &area, const Scr
             x = product.packed + (area.m0 - product.first) / Unit::kRows * stride.group + k0 / Unit::kDepth * stride.step;
         else
             stride = pack_x<Unit>(product, k0, depth, area, s);
-        const Next next = next_chunk(product, k0 + depth, chunk, area);
-        multiply_chunk<Unit>(area.rows, area.cols, x, stride, s.panel, kMicroCols * s.block_k, steps, s.tile, s.tile_stride,
-                             [&](int64_t part, int64_t parts) { fetch_share(next, part, parts); });
+        multiply_chunk<Unit>(area.rows, area.cols, x, stride, s.panel, kMicroCols * s.block_k, steps, s.tile, s.tile_stride);
     }
 }
 

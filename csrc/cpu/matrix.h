@@ -93,8 +93,10 @@ NF4LORA_INLINE const Element *line_of(const Matrix &matrix, int64_t row, int64_t
     return line;
 }
 
-// Brings a row's part nearer that will be decoded soon: its rows lie too far apart for the processor to foresee.
+// Brings a row's part nearer that will be decoded soon: rows of a 4-bit weight lie too far apart for the processor to foresee.
 NF4LORA_INLINE void fetch_ahead(const Matrix &matrix, int64_t row, int64_t col, int64_t count) {
+    if (matrix.data)
+        return;
     constexpr int64_t kLine = 64;
     const Weight &w = *matrix.weight;
     const int64_t first = row * matrix.stride + col, size = w.nested_absmax ? 1 : sizeof(float);

@@ -159,36 +159,29 @@ constexpr int kRowPad = kTileRows;
 constexpr int kRowPad = 1;
 #endif
 
-// C [rows, cols] += X P for a whole chunk; before each of its parts calls before(part, parts).
-template <class Unit, class Before>
+// C [rows, cols] += X P for a whole chunk.
+template <class Unit>
 NF4LORA_INLINE void multiply_chunk(int64_t rows, int64_t cols, const float *x, Strides stride, const float *panels,
-                                   int64_t panel_stride, int64_t steps, float *tile, int64_t tile_stride, const Before &before) {
+                                   int64_t panel_stride, int64_t steps, float *tile, int64_t tile_stride) {
 #if defined(__AMX_BF16__)
     if (Unit::kDepth == 2 && stride.step == 1) {
         configure_tiles();
-        const int64_t parts = ceil_div(cols, kMicroCols);
-        for (int64_t part = 0; part < parts; ++part) {
-            const float *const panel = panels + part * panel_stride;
-            before(part, parts);
+        for (int64_t n = 0; n < cols; n += kMicroCols, panels += panel_stride)
             for (int64_t m = 0; m < rows; m += 2 * kTileRows) {
-                float *const c = tile + m * tile_stride + part * kMicroCols;
+                float *const c = tile + m * tile_stride + n;
                 if (rows - m <= kTileRows)
-                    tile_kernel<1, 2>(x + m * stride.row, stride.row, panel, kMicroCols, steps, c, tile_stride);
+                    tile_kernel<1, 2>(x + m * stride.row, stride.row, panels, kMicroCols, steps, c, tile_stride);
                 else
-                    tile_kernel<2, 2>(x + m * stride.row, stride.row, panel, kMicroCols, steps, c, tile_stride);
+                    tile_kernel<2, 2>(x + m * stride.row, stride.row, panels, kMicroCols, steps, c, tile_stride);
             }
-        }
         _tile_release();
         return;
     }
 #endif
-    const int64_t parts = ceil_div(rows, Unit::kRows);
-    for (int64_t part = 0; part < parts; ++part, x += stride.group, tile += Unit::kRows * tile_stride) {
-        before(part, parts);
+    for (int64_t m = 0; m < rows; m += Unit::kRows, x += stride.group, tile += Unit::kRows * tile_stride)
         for (int64_t n = 0; n < cols; n += kMicroCols)
-            run_micro_kernel<Unit>(rows - part * Unit::kRows, x, stride.step, panels + n / kMicroCols * panel_stride, steps,
-                                   tile + n, tile_stride);
-    }
+            run_micro_kernel<Unit>(rows - m, x, stride.step, panels + n / kMicroCols * panel_stride, steps, tile + n,
+                                   tile_stride);
 }
 
 }  // namespace NF4LORA_ISA
