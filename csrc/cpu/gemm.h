@@ -8,7 +8,7 @@
 // Memory of a call: threads * 4 * (m * n + m * (j + 16) + n * block_k + max(kMicroCols * block_k, m, n)) bytes with
 // m = block_m rounded up to kRowBlock, n = block_n to kMicroCols, j = min(block_k, kOwnChunk), and each bound cut down to
 // the size of the problem; without panels (dots.h) j is block_k and the last two terms are max(block_k, n). The X of a span
-// takes kPackedBytes, or what kRowBlock rows take.
+// takes kPackedBytes, or what kSpanRows rows take.
 #pragma once
 #include <cstdlib>
 
@@ -26,6 +26,7 @@ constexpr int64_t kOwnChunk = 64;  // units of the chunks of an X that is packed
 constexpr int64_t kPackedBytes = 4 << 20;
 constexpr int64_t kFetchedAhead = 4096;  // elements of P
 constexpr int64_t kRowBlock = 48;  // a multiple of every micro-kernel's rows
+constexpr int64_t kSpanRows = 4 * kRowBlock;  // P is decoded once for so many rows at least
 
 enum Stored { kAsUsed, kTransposed };
 
@@ -215,7 +216,7 @@ NF4LORA_INLINE const char *for_spans(int64_t M, Product *products, int64_t count
         });
         all += floats[i];
     }
-    const int64_t blocks = ceil_div(M, kRowBlock), most = max_of(kPackedBytes / sizeof(float) / max_of(all, 1), 1);
+    const int64_t blocks = ceil_div(M, kRowBlock), most = max_of(kPackedBytes / sizeof(float) / max_of(all, 1), kSpanRows / kRowBlock);
     const int64_t at_once = ceil_div(blocks, ceil_div(max_of(blocks, 1), most));
     float *const memory = static_cast<float *>(aligned_alloc(64, round_up(max_of(at_once * all, 1), kPad) * sizeof(float)));
     if (!memory)
