@@ -79,7 +79,7 @@ class BuildLibrary(build_ext):
         jobs |= {stem: (f"csrc/cpu/{stem}.cpp", [best_first]) for stem in ONCE}
         os.makedirs(self.build_temp, exist_ok=True)
         objects = [f"{self.build_temp}/{name}.o" for name in jobs]
-        with ThreadPoolExecutor(os.cpu_count()) as pool:
+        with ThreadPoolExecutor(len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else 1) as pool:
             list(pool.map(lambda o, job: self.spawn([*cxx, *flags, *job[1], "-c", job[0], "-o", o]), objects, jobs.values()))
         self.spawn([*cxx, "-shared", *flags, *objects, "-Wl,-z,relro,-z,now", "-lstdc++", "-ldl", "-pthread", "-o", out])  # CXX may be gcc
 

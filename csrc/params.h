@@ -61,7 +61,7 @@ struct LinearConfig {
     int32_t path;     // LinearPath
     int32_t block_m;  // rows of the output per tile
     int32_t block_n;  // columns of the output per tile
-    int32_t block_k;  // reduction steps decoded at a time, twice as many where they are pairs of bf16; a multiple of 64
+    int32_t block_k;  // of W, reduction steps decoded at a time, twice as many where they are pairs of bf16; a multiple of 64
     int32_t threads;
 };
 

@@ -188,6 +188,6 @@ def _statistics(state: QuantState) -> tuple[Tensor, Tensor | None, Tensor | None
 
 def _overlap(a: Tensor, b: Tensor | None) -> bool:
     """Whether two contiguous tensors have bytes in common; of tensors without memory of their own, no."""
-    if type(a) is not Tensor or not isinstance(b, Tensor) or torch.compiler.is_compiling():
+    if type(a) not in (Tensor, torch.nn.Parameter) or not isinstance(b, Tensor) or torch.compiler.is_compiling():
         return False
-    return a.data_ptr() < b.data_ptr() + b.nbytes and b.data_ptr() < a.data_ptr() + a.nbytes
+    return not a.is_meta and a.data_ptr() < b.data_ptr() + b.nbytes and b.data_ptr() < a.data_ptr() + a.nbytes

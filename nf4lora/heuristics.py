@@ -3,8 +3,7 @@
 from dataclasses import dataclass, replace
 from enum import IntEnum
 
-# Of the tiles of a call, and of as many threads as that is not enough for, of each; few tokens, or the rows of x that are
-# packed at a time, take 4 MiB more at most (csrc/cpu/gemm.h).
+# Of a call's tiles, or each of many threads'. Few tokens take 2 MiB beside them, more 4 MiB or 192 rows of x or all dy.
 SCRATCH_BYTES, THREAD_BYTES = 4 << 20, 128 << 10
 
 
@@ -68,7 +67,7 @@ ROWS, PANELS = LinearPath.ROWS, LinearPath.PANELS
 _CPU_FEW_BF16 = (32, LinearConfig(ROWS, 16, 96, 1024))
 _CPU_FORWARD = ((8, LinearConfig(ROWS, 8, 96, 1024)), (2**63, LinearConfig(PANELS, 528, 128, 512)))
 _CPU_BACKWARD = ((8, LinearConfig(PANELS, 48, 1024, 128)), (2**63, LinearConfig(PANELS, 528, 512, 256)))
-_CPU_LORA_BACKWARD = ((2**63, LinearConfig(PANELS, 258, 256, 128)),)
+_CPU_LORA_BACKWARD = ((2**63, LinearConfig(PANELS, 240, 256, 128)),)
 # Thread blocks resident on a multiprocessor (2048 threads, 256 to a block), and weights a block takes at a time, as in
 # csrc/cuda/quantize.cu and dequantize.cu; source: calculated.
 CUDA_BLOCKS_PER_SM = 8
@@ -179,7 +178,8 @@ def cpu_lora_bwd(M: int, threads: int) -> LinearConfig:
 
 def on_path(config: LinearConfig, path: str | None) -> LinearConfig:
     """The config with the host's path of that name, if it is one of them."""
-    return next((_fit(replace(config, path=p)) for p in LinearPath if p.name.lower() == path), config)
+    block_k = 1024 if path == "rows" else config.block_k  # which threads must not change there
+    return next((_fit(replace(config, path=p, block_k=block_k)) for p in LinearPath if p.name.lower() == path), config)
 
 
 def _fitted(rows: tuple[tuple[int, LinearConfig], ...], M: int, threads: int) -> LinearConfig:

@@ -136,6 +136,7 @@ def test_host_tiles_fit_their_scratch(choose):
             config = choose(M, threads)
             assert config.scratch_bytes <= max(4 * 2**20, threads * 2**17) and config.block_k % 64 == 0
             assert config.threads == threads and min(config.block_m, config.block_n) >= 1
+            assert heuristics.on_path(config, "rows").block_k == 1024  # it would change bits there, and threads must not
 
 
 def test_selftest_says_which_ops_a_back_end_has_no_kernels_for(monkeypatch):

@@ -103,7 +103,7 @@ def test_nothing_leaks(address, isa):
 
 
 def test_a_leak_is_found(address, tmp_path):
-    root = cpu_builds.patched(tmp_path, "cpu/gemm.h", "    free(memory);\n", "")
+    root = cpu_builds.patched(tmp_path, "cpu/gemm.h", "    free(memory);\n    return nullptr;\n", "    return nullptr;\n")
     objects = address[0] | cpu_builds.objects(tmp_path / "objects", ["portable"], ADDRESS, root, "lora")
     done = drive(cpu_builds.driver(tmp_path, objects.values(), ADDRESS), "portable")
     assert done.returncode != 0 and "detected memory leaks" in done.stderr and "lora" in done.stderr, done.stderr[-3000:]

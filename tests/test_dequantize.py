@@ -116,12 +116,16 @@ def test_memory_that_does_not_fit_is_refused(format_backend):
     ):  # fmt: skip
         with pytest.raises(error, match=f"out: .*{said}"):
             dequantize_4bit(packed, state, out=out)
+    whole = torch.nn.Parameter(torch.zeros(12, 33), requires_grad=False)
+    assert same_bits(dequantize_4bit(packed, state, out=whole), dequantize_4bit(packed, state))
     memory = torch.zeros(2048, dtype=torch.uint8)
     for first in (0, 192):  # its last byte, and all of it
         memory[first : first + packed.numel()] = packed.flatten()
         inside = memory[first : first + packed.numel()].view(packed.shape)
-        with pytest.raises(ValueError, match="out: found memory of packed"):
-            dequantize_4bit(inside, state, out=memory[packed.numel() - 2 :][: 12 * 33 * 4].view(torch.float32).view(12, 33))
+        out = memory[packed.numel() - 2 :][: 12 * 33 * 4].view(torch.float32).view(12, 33)
+        for out in (out, torch.nn.Parameter(out, requires_grad=False)):
+            with pytest.raises(ValueError, match="out: found memory of packed"):
+                dequantize_4bit(inside, state, out=out)
     with pytest.raises(TypeError, match="out: found torch.float32, wanted torch.bfloat16"):
         dequantize_4bit(packed, state, torch.bfloat16, torch.zeros(12, 33))
 

@@ -54,7 +54,7 @@ def test_larger_than_every_tile(cpu, figures):
 @pytest.mark.parametrize("dtype", FLOATS, ids=str)
 @pytest.mark.parametrize(("N", "K"), [(24, 4096), (4096, 24)])
 def test_more_rows_than_are_packed_at_once(cpu, figures, N, K, dtype):
-    """4 MiB of x, or of dy, are packed for all tiles: 256 rows of 4096 floats, 512 of bfloat16."""
+    """4 MiB of x, or of dy, are packed for all tiles: 240 rows of 4096 floats, 480 of bfloat16."""
     torch.set_num_threads(2)
     for M in (300, 600):
         check_exact(exact_case(M, N, K, 4, dtype, dropout_p=0.5 * (M == 300)))
@@ -103,7 +103,7 @@ def test_one_hot_adapters_isolate_the_lora_branch(backend):
 
 def test_float32_adapters_of_bfloat16_layers_keep_16_bits(cpu):
     """The processor multiplies bfloat16: an adapter is the sum of two such numbers, so what is left of 1 + 2^-12 less 1 is
-    2^-12; infinities and NaN stay, and what is finite stays finite."""
+    2^-12; infinities and NaN stay, what is finite stays finite, and an infinite x is not finite in its own row alone."""
     M, N, K, odd = 40, 70, 130, 1 + 2**-12
     packed, state = quantize_4bit(torch.zeros(N, K))
     A, B, x, dy = torch.zeros(1, K), torch.zeros(N, 1), torch.zeros(M, K).bfloat16(), torch.zeros(M, N).bfloat16()
@@ -117,6 +117,9 @@ def test_float32_adapters_of_bfloat16_layers_keep_16_bits(cpu):
         wanted = x[:, :1].float() * A[0, 0]
         found = ops.linear_fwd(x, packed, state.absmax, None, None, None, A, B, None, N, 64, "nf4", 1.0, 0.0)[1]
         assert torch.equal(found.isnan(), wanted.isnan()) and torch.equal(found.nan_to_num(7.0), wanted.bfloat16().nan_to_num(7.0))
+    A[0, 0], x[7, 0] = 1, torch.inf
+    found = ops.linear_fwd(x, packed, state.absmax, None, None, None, A, B, None, N, 64, "nf4", 1.0, 0.0)[1]
+    assert not found[7].isfinite().any() and bool((found[torch.arange(M) != 7] == 0.5).all())
 
 
 def test_zero_adapter_is_the_base(backend):

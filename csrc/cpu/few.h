@@ -288,7 +288,7 @@ static const char *few_tokens(const LinearFwdParams &p) {
     int64_t block_n = min_of(p.config.block_n, column_share(N, kMostRows * P::kRows, p.config.threads)), width = block_m;
     const bool tiles = takes_tiles<P>(block_m, rank);
     if (tiles) {
-        block_m = min_of(block_m, kTileN), width = round_up(block_m, kTileN / 2);
+        block_m = min_of(min_of(p.M, kTileN), max_of(kPlaneBytes / x_bytes, 1)), width = round_up(block_m, kTileN / 2);
         block_n = min_of(kTileN, N);
     }
     const int64_t parts = ceil_div(N, block_n);

@@ -7,8 +7,8 @@
 //   change a bit.
 // Memory of a call: threads * 4 * (m * n + m * (j + 16) + n * block_k + max(kMicroCols * block_k, m, n)) bytes with
 // m = block_m rounded up to kRowBlock, n = block_n to kMicroCols, j = min(block_k, kOwnChunk), and each bound cut down to
-// the size of the problem; without panels (dots.h) j is block_k and the last two terms are max(block_k, n). The X of a span
-// takes kPackedBytes, or what kSpanRows rows take.
+// the size of the problem; without panels (dots.h) m is rounded to kWidth, j is block_k and the last two terms are
+// max(block_k, n). The X of a span takes kPackedBytes, or what kSpanRows rows take.
 #pragma once
 #include <cstdlib>
 
@@ -22,7 +22,7 @@ namespace NF4LORA_ISA {
 constexpr const char *kOutOfMemory = "nf4lora: out of memory for the scratch tiles";
 constexpr const char *kBadConfig = "nf4lora: block_m, block_n must be at least 1 and block_k a positive multiple of 64";
 constexpr int64_t kPad = 16;  // keeps rows of x from meeting in one cache set
-constexpr int64_t kOwnChunk = 64;  // units of the chunks of an X that is packed for one tile
+constexpr int64_t kOwnChunk = 64;  // units of the chunks of an X that is packed for one tile, and of its P
 constexpr int64_t kPackedBytes = 4 << 20;
 constexpr int64_t kFetchedAhead = 4096;  // elements of P
 constexpr int64_t kRowBlock = 48;  // a multiple of every micro-kernel's rows
@@ -212,7 +212,7 @@ NF4LORA_INLINE const char *for_spans(int64_t M, Product *products, int64_t count
         with_unit(products[i], [&](auto unit) {
             using Unit = decltype(unit);
             products[i].stride = packed_strides<Unit>(products[i].depth);
-            floats[i] = kRowBlock / Unit::kRows * products[i].stride.group;
+            floats[i] = ceil_div(min_of(round_up(M, kRowPad), kRowBlock), Unit::kRows) * products[i].stride.group;
         });
         all += floats[i];
     }
@@ -279,7 +279,7 @@ NF4LORA_INLINE const char *for_tiles(Span span, int64_t N, int64_t depth, bool p
 
     const int64_t tile_rows = round_up(block_m, kRowPad), x_rows = round_up(block_m, kWidth);
     const int64_t tile_floats = round_up(tile_rows * tile_stride, kPad);
-    const int64_t x_floats = round_up(x_rows, kRowBlock) * (own_chunk + kPad);
+    const int64_t x_floats = (panels ? round_up(x_rows, kRowBlock) : x_rows) * (own_chunk + kPad);
     const int64_t panel_floats = panels ? tile_stride * block_k : 0;
     const int64_t line_floats = round_up(max_of(panels ? max_of(kMicroCols * block_k, x_rows) : block_k, tile_stride), kPad);
     const int64_t floats = tile_floats + x_floats + panel_floats + line_floats;

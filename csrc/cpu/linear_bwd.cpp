@@ -3,10 +3,10 @@
 //                columns after those before it -> dx dtype [M, K]
 // Rounding:      all sums in fp32, one rounding to dtype; the LoRA parts are summed into the tile first and masked there, so
 //                dx is written once. W decoded to fp32, or where bf16 is multiplied as such (gemm.h) rounded to it,
-//                and fp32 adapters to 16 bits
+//                and fp32 adapters to 16 bits (matrix.h)
 // Preconditions: ops.py checks the operands. config.path is not read: W is used as it is stored, so the panels that
 //                serve many rows cost one row no transposition either
-// Memory:        the scratch of gemm.h; nothing of size [M, K] or [N, K]
+// Memory:        the scratch of gemm.h; nothing of size [N, K]
 #include "gemm.h"
 #include "ops.h"
 

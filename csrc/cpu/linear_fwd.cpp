@@ -2,10 +2,10 @@
 // Operands:      W 4-bit [N, K]; x x_dtype [M, K]; lora_A A_dtype [r, K]; lora_B B_dtype [N, r]; bias bias_dtype [N]
 //                -> xa x_dtype [M, r], y x_dtype [M, N], whose rows may lie further apart
 // Rounding:      all sums in fp32; W decoded to fp32, or where bf16 is multiplied as such (gemm.h, planes.h) rounded to it, and
-//                fp32 adapters to 16 bits; xa rounds to x_dtype and is used rounded; y rounds once, the LoRA part is summed
+//                by gemm.h fp32 adapters to 16 bits (matrix.h); xa rounds to x_dtype and is used rounded; y rounds once, the LoRA part is summed
 //                before the base product
 // Preconditions: ops.py checks the operands; r = 0 or a null lora_A is a plain 4-bit linear; dropout leaves x W^T alone
-// Memory:        the scratch of gemm.h, or few.h; nothing of size [N, K] or [M, K]
+// Memory:        the scratch of gemm.h, or few.h; nothing of size [N, K]
 #include "dots.h"
 #if defined(__AVX2__)
 #include "few.h"

@@ -54,7 +54,8 @@ NF4LORA_INLINE bool has_halves(const Matrix &matrix) {
     return matrix.data && matrix.dtype == kFloat32 && !matrix.mask;
 }
 
-// The upper half is cut off, not rounded, so that no finite number becomes infinite; an infinity and NaN have no lower one.
+// The upper half is cut off, not rounded, so that no finite number becomes infinite; an infinity and NaN have no lower one. An
+// infinity on the other side of the product gives NaN where the lower half is 0.
 static void load_half(const Matrix &matrix, int64_t first, int64_t count, uint16_t *dst) {
     const float *const from = static_cast<const float *>(matrix.data) + first;
     for (int64_t i = 0; i < count; ++i) {
