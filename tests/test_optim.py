@@ -476,6 +476,14 @@ WRONG = {
     "no absmax": (lambda s: s["state"][0].pop("absmax1"), r"state\[0\]: no absmax1"),
     "something else": (lambda s: s["state"][0].update(momentum=torch.zeros(1)), r"state\[0\]: unexpected momentum"),
     "another map": (lambda s: s["state"][0].update(qmap2=torch.zeros(256)), r"state\[0\].qmap2: found another map"),
+    "no memory": (
+        lambda s: s["state"][0].update(state1=s["state"][0]["state1"].to("meta")), r"state\[0\].state1: found torch.uint8 .* on meta",
+    ),
+    "no memory of a map": (lambda s: s["state"][0].update(qmap1=torch.zeros(256, device="meta")), r"qmap1: found .* on meta"),
+    "a sparse one": (
+        lambda s: s["state"][0].update(absmax1=s["state"][0]["absmax1"].to_sparse()), r"absmax1: found .*torch.sparse_coo",
+    ),
+    "a step on meta": (lambda s: s["state"][0].update(step=torch.ones((), device="meta")), r"state\[0\].step: found tensor"),
     "no tensor": (lambda s: s["state"][0].update(state1=[1.0]), r"state\[0\].state1: found \[1.0\]"),
     "a step of nothing": (lambda s: s["state"][0].update(step=-1), r"state\[0\].step: found -1"),
     "half a step": (lambda s: s["state"][0].update(step=1.5), r"state\[0\].step: found 1.5"),
@@ -1052,7 +1060,7 @@ def test_a_state_that_does_not_fit_is_refused_and_changes_nothing(skips):
     before, state = bytes_of(optimizer, ps), optimizer.state[ps[0]]
     for name, wrong in (
         ("state1", state["state1"].float()), ("state2", state["state2"][1:]), ("absmax1", None), ("step", -1),
-        ("step", torch.ones(2)), ("step", 0.5),
+        ("step", torch.ones(2)), ("step", 0.5), ("state1", state["state1"].to("meta")), ("step", torch.ones((), device="meta")),
     ):  # fmt: skip
         with pytest.raises(ValueError, match=f"^{name}: found .*, wanted"):
             state[name] = wrong

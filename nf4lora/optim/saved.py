@@ -9,7 +9,7 @@ from ..codebook import codebook
 from ..reference_optim import STATE_BLOCKSIZE
 from .pool import NAMES
 from .sharded import local
-from .shown import count
+from .shown import count, fits, told
 
 CODES = {"state1": "dynamic", "state2": "unsigned_dynamic"}
 WRAPPED = "__bnb_optimizer_quant_state__"  # where bitsandbytes puts what FSDP must not reshape
@@ -60,13 +60,12 @@ def taken(entry: dict[str, Any], p: Tensor, rule: str, bits: int, where: str) ->
         raise ValueError(f"{where}: {'no ' if name not in entry else 'unexpected '}{name}, wanted {_kind(rule, bits)}")
     for name, (shape, dtype) in wanted.items():
         value = entry[name]
-        if not isinstance(value, Tensor) or value.dtype != dtype or tuple(value.shape) != shape:
-            found = f"{value.dtype} {list(value.shape)}" if isinstance(value, Tensor) else f"{value!r:.80}"
-            raise ValueError(f"{where}.{name}: found {found}, wanted {dtype} {list(shape)}: {_kind(rule, bits)}")
+        if not fits(value, shape, dtype):
+            raise ValueError(f"{where}.{name}: found {told(value)}, wanted {dtype} {list(shape)}: {_kind(rule, bits)}")
         if name.startswith("qmap") and not torch.equal(value.cpu(), codebook(CODES[f"state{name[-1]}"])):
             raise ValueError(f"{where}.{name}: found another map than the dynamic one of bitsandbytes")
-    if place is not None and not (isinstance(place, Tensor) and place.dtype == torch.int64 and place.shape == (2,)):
-        raise ValueError(f"{where}.place: found {place!r:.80}, wanted torch.int64 [2]")
+    if place is not None and not fits(place, (2,), torch.int64):
+        raise ValueError(f"{where}.place: found {told(place)}, wanted torch.int64 [2]")
     states = {name: entry[name] for name in wanted if not name.startswith("qmap")}
     return count(entry["step"], f"{where}.step"), states, None if place is None else tuple(place.tolist())
 

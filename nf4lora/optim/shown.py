@@ -1,8 +1,9 @@
 """What `state` shows of one parameter: tensors that kernels step where they lie, so that none can take their place."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, Self
 
+import torch
 from torch import Tensor
 
 
@@ -35,9 +36,8 @@ class Shown(dict[str, Any]):
             self._count(count(value, "step"))
         elif (own := self.own.get(name)) is None:
             super().__setitem__(name, value)
-        elif not isinstance(value, Tensor) or value.shape != own.shape or value.dtype != own.dtype:
-            found = f"{value.dtype} {list(value.shape)}" if isinstance(value, Tensor) else f"{value!r:.80}"
-            raise ValueError(f"{name}: found {found}, wanted {own.dtype} {list(own.shape)}")
+        elif not fits(value, own.shape, own.dtype):
+            raise ValueError(f"{name}: found {told(value)}, wanted {own.dtype} {list(own.shape)}")
         else:
             self._home()
             own.copy_(value.detach())
@@ -60,9 +60,25 @@ class Shown(dict[str, Any]):
         super().__setitem__("step", step if self._steps is None else self._steps)
 
 
+def fits(value: Any, shape: Sequence[int], dtype: torch.dtype) -> bool:
+    """Whether it is a tensor of these that has each of its numbers in memory: not on meta, not sparse."""
+    return _in_memory(value) and value.dtype == dtype and tuple(value.shape) == tuple(shape)
+
+
+def told(value: Any) -> str:
+    """What was found, for an error."""
+    if not isinstance(value, Tensor):
+        return f"{value!r:.80}"
+    return f"{value.dtype} {list(value.shape)}" + ("" if _in_memory(value) else f" on {value.device}, {value.layout}")
+
+
+def _in_memory(value: Any) -> bool:
+    return isinstance(value, Tensor) and not value.is_meta and value.layout == torch.strided
+
+
 def count(step: Any, where: str) -> int:
     """A saved count of steps. Raises: ValueError for what is none."""
-    value = step.item() if isinstance(step, Tensor) and step.numel() == 1 else step
+    value = step.item() if _in_memory(step) and step.numel() == 1 else step
     if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 <= value < 2**31 or value != int(value):
         raise ValueError(f"{where}: found {step!r:.80}, wanted a count of steps")
     return int(value)
