@@ -101,16 +101,16 @@ def test_one_hot_adapters_isolate_the_lora_branch(backend):
         assert torch.equal(y, wanted)
 
 
-def test_float32_adapters_of_bfloat16_layers_keep_16_bits(cpu):
-    """The processor multiplies bfloat16: an adapter is the sum of two such numbers, so what is left of 1 + 2^-12 less 1 is
-    2^-12; infinities and NaN stay, what is finite stays finite, and an infinite x is not finite in its own row alone."""
-    M, N, K, odd = 40, 70, 130, 1 + 2**-12
+def test_float32_adapters_of_bfloat16_layers_stay_float32(cpu):
+    """The processor multiplies bfloat16: an adapter is the sum of three such numbers, so what is left of 1 + 2^-23 less 1
+    is 2^-23; infinities and NaN stay, what is finite stays finite, and an infinite x is not finite in its own row alone."""
+    M, N, K, odd = 40, 70, 130, 1 + 2**-23
     packed, state = quantize_4bit(torch.zeros(N, K))
     A, B, x, dy = torch.zeros(1, K), torch.zeros(N, 1), torch.zeros(M, K).bfloat16(), torch.zeros(M, N).bfloat16()
     A[0, :2], B[:2, 0], x[:, 0], x[:, 1], dy[:, 0], dy[:, 1] = torch.tensor([odd, 1]), torch.tensor([odd, 1]), 1, -1, 1, -1
     xa = ops.linear_fwd(x, packed, state.absmax, None, None, None, A, B, None, N, 64, "nf4", 1.0, 0.0)[1]
     dyb = ops.lora_bwd(dy, x, xa, A, B, None, 1.0, 0.0, True, True)[0]
-    assert torch.equal(xa, torch.full((M, 1), 2.0**-12).bfloat16()) and torch.equal(dyb, xa)
+    assert torch.equal(xa, torch.full((M, 1), 2.0**-23).bfloat16()) and torch.equal(dyb, xa)
     for special in (torch.inf, -torch.inf, torch.nan, torch.finfo(torch.float32).max):
         A[0, 0], x[:] = special, 0
         x[:, 0] = 0.5

@@ -1,7 +1,7 @@
 // The matrix product behind the linear kernels: an fp32 tile of C += X P over chunks of the reduction.
 //   X  is walked by the rows of C and P by its columns; each may be stored as it is used or transposed.
 //   Both are packed in the units of micro.h: pairs of bf16 where the processor multiplies them, X is bf16 and P is, or is a
-//   4-bit weight, which is rounded to it, or fp32, which becomes the sum of two; else fp32. P a chunk at a time into panels
+//   4-bit weight, which is rounded to it, or fp32, which is the sum of three; else fp32. P a chunk at a time into panels
 //   [col / kMicroCols][unit][kMicroCols]. X once for all tiles of a span of rows where for_spans packs it, else a chunk at a
 //   time into scratch.x. The order of every sum is fixed by k alone, so neither the tile sizes nor the number of threads
 //   change a bit.
@@ -177,7 +177,7 @@ static void accumulate_units(const Product &product, const Area &area, const Scr
 
 NF4LORA_INLINE bool in_pairs([[maybe_unused]] const Product &product) {
 #if defined(__AVX512BF16__)
-    return is_bf16(product.x) && (is_bf16(product.p) || has_halves(product.p));
+    return is_bf16(product.x) && (is_bf16(product.p) || has_parts(product.p));
 #else
     return false;
 #endif
@@ -197,9 +197,9 @@ NF4LORA_INLINE void with_unit([[maybe_unused]] const Product &product, const Bod
 static void accumulate(const Product &product, const Area &area, const Scratch &s) {
     with_unit(product, [&](auto unit) {
         Product part = product;
-        if (decltype(unit)::kDepth == 1 || !has_halves(product.p))
+        if (decltype(unit)::kDepth == 1 || !has_parts(product.p))
             return accumulate_units<decltype(unit)>(product, area, s);
-        for (part.p.half = 1; part.p.half <= 2; ++part.p.half)
+        for (part.p.part = 1; part.p.part <= kParts; ++part.p.part)
             accumulate_units<decltype(unit)>(part, area, s);
     });
 }

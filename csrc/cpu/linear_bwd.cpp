@@ -2,8 +2,7 @@
 // Operands:      of each member W 4-bit [N, K], dy dtype [M, N] and lora_A A_dtype [r, K]; dyb dtype [M, sum r], a member's
 //                columns after those before it -> dx dtype [M, K]
 // Rounding:      all sums in fp32, one rounding to dtype; the LoRA parts are summed into the tile first and masked there, so
-//                dx is written once. W decoded to fp32, or where bf16 is multiplied as such (gemm.h) rounded to it,
-//                and fp32 adapters to 16 bits (matrix.h)
+//                dx is written once. W decoded to fp32, or where bf16 is multiplied as such (gemm.h) rounded to it
 // Preconditions: ops.py checks the operands. config.path is not read: W is used as it is stored, so the panels that
 //                serve many rows cost one row no transposition either
 // Memory:        the scratch of gemm.h; nothing of size [N, K]

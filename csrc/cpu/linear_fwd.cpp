@@ -1,9 +1,8 @@
 // y = x W^T + bias + scaling * xa lora_B^T,  xa = dropout(x) lora_A^T
 // Operands:      W 4-bit [N, K]; x x_dtype [M, K]; lora_A A_dtype [r, K]; lora_B B_dtype [N, r]; bias bias_dtype [N]
 //                -> xa x_dtype [M, r], y x_dtype [M, N], whose rows may lie further apart
-// Rounding:      all sums in fp32; W decoded to fp32, or where bf16 is multiplied as such (gemm.h, planes.h) rounded to it, and
-//                by gemm.h fp32 adapters to 16 bits (matrix.h); xa rounds to x_dtype and is used rounded; y rounds once, the LoRA part is summed
-//                before the base product
+// Rounding:      all sums in fp32; W decoded to fp32, or where bf16 is multiplied as such (gemm.h, planes.h) rounded to it; xa
+//                rounds to x_dtype and is used rounded; y rounds once, the LoRA part is summed before the base product
 // Preconditions: ops.py checks the operands; r = 0 or a null lora_A is a plain 4-bit linear; dropout leaves x W^T alone
 // Memory:        the scratch of gemm.h, or few.h; nothing of size [N, K]
 #include "dots.h"

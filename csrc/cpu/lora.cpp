@@ -1,8 +1,7 @@
 // dyb = scaling * dy lora_B;  dB = scaling * dy^T xa;  dA = dyb^T dropout(x)
 // Operands:      dy dtype [M, N]; x dtype [M, K]; xa dtype [M, r]; lora_B B_dtype [N, r]
 //                -> dyb dtype [M, r]; dA A_dtype [r, K]; dB B_dtype [N, r]; rows of dy, xa and dyb may lie further apart
-// Rounding:      sums and scaling in fp32, one rounding to each output's dtype; dA uses the rounded dyb. fp32
-//                adapters beside bf16 may be rounded to 16 bits (matrix.h)
+// Rounding:      sums and scaling in fp32, one rounding to each output's dtype; dA uses the rounded dyb.
 // Preconditions: ops.py checks the operands; a null dA or dB is skipped; M = 0 gives zero gradients
 // Memory:        the scratch of gemm.h
 #include "gemm.h"

@@ -14,7 +14,7 @@ struct Matrix {
     int64_t stride;           // elements from one row to the next
     const DropoutMask *mask;  // over the flat index of data, may be null
     const Weight *weight;     // read where data is null
-    int32_t half = 0;         // of fp32 as the sum of two bf16: 1 is the upper, 2 the lower, 16 bits of each number in all
+    int32_t part = 0;         // of fp32 as the sum of three bf16, the greatest first; 0: as it is
 };
 
 NF4LORA_INLINE Matrix dense(const void *data, int32_t dtype, int64_t stride) {
@@ -45,38 +45,44 @@ NF4LORA_INLINE void load_line(const Matrix &matrix, int64_t row, int64_t col, in
     memset(dst + count, 0, (width - count) * sizeof *dst);
 }
 
-// Whether its elements are bf16: exactly, or as a 4-bit weight rounded to it, or halves.
+// Whether its elements are bf16: exactly, or as a 4-bit weight rounded to it, or a part.
 NF4LORA_INLINE bool is_bf16(const Matrix &matrix) {
-    return !matrix.data || matrix.half || (matrix.dtype == kBFloat16 && !matrix.mask);
+    return !matrix.data || matrix.part || (matrix.dtype == kBFloat16 && !matrix.mask);
 }
 
-NF4LORA_INLINE bool has_halves(const Matrix &matrix) {
+constexpr int32_t kParts = 3;
+
+NF4LORA_INLINE bool has_parts(const Matrix &matrix) {
     return matrix.data && matrix.dtype == kFloat32 && !matrix.mask;
 }
 
-// The upper half is cut off, not rounded, so that no finite number becomes infinite; an infinity and NaN have no lower one. An
-// infinity on the other side of the product gives NaN where the lower half is 0.
-static void load_half(const Matrix &matrix, int64_t first, int64_t count, uint16_t *dst) {
+// Parts are cut off, not rounded, so that no finite number becomes infinite; an infinity and NaN are all in the first. An infinity
+// on the other side of the product gives NaN where a part is 0.
+static void load_part(const Matrix &matrix, int64_t first, int64_t count, uint16_t *dst) {
     const float *const from = static_cast<const float *>(matrix.data) + first;
     for (int64_t i = 0; i < count; ++i) {
-        uint32_t u, below;
-        memcpy(&u, from + i, sizeof u);
-        const uint32_t exponent = u & 0x7f800000, top = u & 0xffff0000;
-        float upper;
-        memcpy(&upper, &top, sizeof upper);
-        const float lower = from[i] - upper;
-        memcpy(&below, &lower, sizeof below);
-        const uint32_t rounded = (below + 0x7fff + (below >> 16 & 1)) >> 16;
-        const uint32_t quiet = (u & 0x7fffffff) > 0x7f800000 ? 0x40 : 0;
-        dst[i] = static_cast<uint16_t>(matrix.half == 1 ? top >> 16 | quiet : exponent == 0x7f800000 ? 0 : rounded);
+        uint32_t u, whole;
+        memcpy(&whole, from + i, sizeof whole);
+        float left = from[i];
+        for (int32_t part = 1; part < matrix.part; ++part) {
+            memcpy(&u, &left, sizeof u);
+            u &= 0xffff0000;
+            float cut;
+            memcpy(&cut, &u, sizeof cut);
+            left -= cut;
+        }
+        memcpy(&u, &left, sizeof u);
+        const bool finite = (whole & 0x7f800000) != 0x7f800000;
+        const uint32_t quiet = (whole & 0x7fffffff) > 0x7f800000 ? 0x40 : 0;
+        dst[i] = static_cast<uint16_t>(matrix.part == 1 ? u >> 16 | quiet : finite ? u >> 16 : 0);
     }
 }
 
 // The same of what is bf16, as such.
 NF4LORA_INLINE void load_line(const Matrix &matrix, int64_t row, int64_t col, int64_t count, int64_t width, uint16_t *dst) {
     const int64_t first = row * matrix.stride + col;
-    if (count > 0 && matrix.half)
-        load_half(matrix, first, count, dst);
+    if (count > 0 && matrix.part)
+        load_part(matrix, first, count, dst);
     else if (count > 0 && matrix.data)
         memcpy(dst, static_cast<const uint16_t *>(matrix.data) + first, count * sizeof *dst);
     else if (count > 0)
@@ -88,7 +94,7 @@ NF4LORA_INLINE void load_line(const Matrix &matrix, int64_t row, int64_t col, in
 template <class Element>
 NF4LORA_INLINE const Element *line_of(const Matrix &matrix, int64_t row, int64_t col, int64_t count, int64_t width, Element *line) {
     constexpr int32_t kIs = sizeof(Element) == sizeof(float) ? kFloat32 : kBFloat16;
-    if (matrix.data && matrix.dtype == kIs && !matrix.mask && !matrix.half && count == width)
+    if (matrix.data && matrix.dtype == kIs && !matrix.mask && !matrix.part && count == width)
         return static_cast<const Element *>(matrix.data) + row * matrix.stride + col;
     load_line(matrix, row, col, count, width, line);
     return line;
