@@ -19,11 +19,11 @@ from nf4lora.cli.settings import UserError
 from nf4lora.hf.checkpoint import read
 
 HERE = Path(__file__).parent
-TORCHRUN = ("-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", "-m")
+TWO = ("-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2")
+TORCHRUN, WATCHED, SHARDED = (*TWO, "-m", "nf4lora.cli"), (*TWO, HERE / "finetune_watched.py"), (*TWO, HERE / "finetune_sharded.py")
 # --multi_gpu is the launcher of several processes; there being no GPU, accelerate takes gloo
 ACCELERATE = ("-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes=2", "--num_machines=1", "--mixed_precision=bf16",
-              "--dynamo_backend=no", "--main_process_port=0", "-m")  # fmt: skip
-SHARDED = TORCHRUN[:-1]
+              "--dynamo_backend=no", "--main_process_port=0", "-m", "nf4lora.cli")  # fmt: skip
 OPTIONS = {  # --r alone is an option of the launchers, cut short
     "--rank": 4, "--dropout": 0, "--lr": 5e-3, "--max-steps": 4, "--grad-accum": 2, "--seq-len": 48, "--save-steps": 2,
     "--compute-dtype": "float32", "--optim": "adamw_torch",
@@ -55,11 +55,6 @@ def arguments(model, data, output, *flags, **options) -> list[str]:
     return ["finetune", *(str(part) for pair in pairs.items() for part in pair), *flags]
 
 
-def launched(launcher, *command) -> subprocess.CompletedProcess:
-    program = str(HERE / "finetune_sharded.py") if launcher == SHARDED else "nf4lora.cli"
-    return started(*launcher, program, *command)
-
-
 def started(*command) -> subprocess.CompletedProcess:
     environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(HERE)}
     return subprocess.run([sys.executable, *map(str, command)], env=environment, capture_output=True, text=True, timeout=600)
@@ -75,7 +70,7 @@ def tensors(output: Path):
 
 
 @pytest.mark.parametrize(("launcher", "method", "flags"), [
-    (TORCHRUN, "qlora", ()), (SHARDED, "qlora", ("--gradient-checkpointing",)), (TORCHRUN, "lora", ("--packing", "--gradient-checkpointing")), (ACCELERATE, "qlora", ()), (TORCHRUN, "adalora", ()),
+    (TORCHRUN, "qlora", ()), (SHARDED, "qlora", ("--gradient-checkpointing",)), (WATCHED, "lora", ("--packing", "--gradient-checkpointing")), (ACCELERATE, "qlora", ()), (TORCHRUN, "adalora", ()),
 ])  # fmt: skip
 def test_two_processes_are_as_one(model, data, tmp_path, launcher, method, flags, capsys, monkeypatch):
     command = in_process(capsys, monkeypatch, tmp_path)
@@ -83,7 +78,7 @@ def test_two_processes_are_as_one(model, data, tmp_path, launcher, method, flags
     assert code == 0, err
     one = json.loads(out)
     monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "bf16")  # of `accelerate config`; the dtype is --compute-dtype's
-    two = result(launched(launcher, *arguments(model, data, tmp_path / "two", "--json", *flags, method=method, batch_size=2)))
+    two = result(started(*launcher, *arguments(model, data, tmp_path / "two", "--json", *flags, method=method, batch_size=2)))
     assert (one["processes"], two["processes"]) == (1, 2) and one["steps"] == two["steps"] == 4
     assert max(abs(a - b) for a, b in zip(one["losses"], two["losses"], strict=True)) <= 1e-6
     wanted, found = tensors(tmp_path / "one"), tensors(tmp_path / "two")
@@ -96,16 +91,16 @@ def test_two_processes_are_as_one(model, data, tmp_path, launcher, method, flags
 @pytest.mark.parametrize("launcher", [TORCHRUN, SHARDED], ids=["ddp", "fsdp2"])
 def test_two_processes_resume_to_equal_bits(model, data, tmp_path, launcher):
     options = {"dropout": 0.1, "batch_size": 2}
-    whole = result(launched(launcher, *arguments(model, data, tmp_path / "whole", "--json", **options)))
+    whole = result(started(*launcher, *arguments(model, data, tmp_path / "whole", "--json", **options)))
     half, dies = tmp_path / "half", tmp_path / "dies.py"
     dies.write_text(
         "import os, sys, signal\nfrom finetune_sharded import Sharded\nfrom nf4lora.cli import app, processes, user\nsave = user.save\n"
         "def save_and_die(root, step, files):\n    save(root, step, files)\n    os.kill(os.getpid(), signal.SIGKILL)\n"
         f"user.save = save_and_die\nif {launcher == SHARDED}: processes.Several = Sharded\nsys.exit(app.run())"
     )
-    killed = started(*SHARDED, dies, *arguments(model, data, half, **options))
+    killed = started(*TWO, dies, *arguments(model, data, half, **options))
     assert killed.returncode and [p.name for p in half.glob("checkpoint-*")] == ["checkpoint-2"]
-    again = result(launched(launcher, *arguments(model, data, half, "--json", "--resume", **options)))
+    again = result(started(*launcher, *arguments(model, data, half, "--json", "--resume", **options)))
     assert again["losses"] == whole["losses"] and read(half / "checkpoint-4") == read(tmp_path / "whole" / "checkpoint-4")
     alone = started("-m", "nf4lora.cli", *arguments(model, data, half, "--resume", **options))
     assert alone.returncode == 2 and "was made by 2 processes, now 1; start as many" in alone.stderr
@@ -161,5 +156,5 @@ def test_one_process_alone_needs_no_launcher(monkeypatch, count):
 
 @pytest.mark.parametrize(("option", "value", "wanted"), [("optim", "paged_adamw_8bit", "wanted paged_adamw_32bit"), ("method", "adalora", "wanted DDP")])
 def test_what_fsdp2_cannot_have_is_refused(model, data, tmp_path, option, value, wanted):
-    done = launched(SHARDED, *arguments(model, data, tmp_path / "out", batch_size=2, **{option: value}))
+    done = started(*SHARDED, *arguments(model, data, tmp_path / "out", batch_size=2, **{option: value}))
     assert done.returncode and f"nf4lora: error: --{option}: found {value}" in done.stderr and wanted in done.stderr

@@ -53,7 +53,7 @@ class Processes:
         return [value]
 
     def end(self) -> None:
-        """After the last that they do together."""
+        """After the last that they do together; the caller holds the prepared model no more."""
 
 
 class Several(Processes):
@@ -96,6 +96,8 @@ class Several(Processes):
         return every
 
     def end(self) -> None:
+        # Were DDP's reducer the last to hold the process group, it would wait, with the GIL, for a thread of gloo's that
+        # may wait for the GIL to let go of the last tensor.
         self._accelerator.end_training()
 
 

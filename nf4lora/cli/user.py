@@ -33,15 +33,21 @@ def run(settings: Settings, as_json: bool) -> None:
     Raises: UserError, RunFailed, OSError; Stopped after Ctrl-C, with a checkpoint of the last step saved.
     """
     together = processes()
+    stopped = _train(settings, as_json, together)
+    together.end()
+    if stopped:
+        raise Stopped(stopped)
+
+
+def _train(settings: Settings, as_json: bool, together: Processes) -> str:
+    """Returns what there is to say where it was stopped."""
     output = Path(settings.output)
     checkpoint = _checkpoint(settings, output)
     tokenizer = models.load_tokenizer(settings)
     vocabulary, longest = models.sizes(settings)
     data = datas.load(settings, tokenizer, vocabulary)
     if longest and settings.seq_len > longest:
-        raise UserError(
-            f"--seq-len: found {settings.seq_len}, wanted at most {longest}, the longest {settings.model} takes"
-        )
+        raise UserError(f"--seq-len: found {settings.seq_len}, wanted at most {longest}, the longest {settings.model} takes")
     compute, why = compute_dtype(together.device, settings.compute_dtype)
     if together.is_main:
         models.show_loading()
@@ -56,7 +62,8 @@ def run(settings: Settings, as_json: bool) -> None:
         config_file.write(settings, output / "config.yaml")
         if checkpoint:
             console.print(f"resuming after step {training.step} from {checkpoint}", highlight=False)
-    _loop(training, output, meter)
+    if stopped := _loop(training, output, meter):
+        return stopped
     if training.adaptive:
         training.adaptive.end()
     adapter = adapter_files(training)
@@ -65,7 +72,7 @@ def run(settings: Settings, as_json: bool) -> None:
         _finish(training, output, as_json, {
             "tokens_per_s": meter.tokens_per_s, "compute_dtype": str(compute)[6:], "compute_dtype_reason": why,
         })  # fmt: skip
-    together.end()
+    return ""
 
 
 def _started(
@@ -115,13 +122,12 @@ def _checkpoint(settings: Settings, output: Path) -> Path | None:
     if settings.resume and found is None:
         raise UserError(f"--resume: no complete checkpoint in {output}; run without --resume to start")
     if found and not settings.resume:
-        raise UserError(
-            f"--output: {output} holds {found.name}; give --resume to go on, or another folder to start anew"
-        )
+        raise UserError(f"--output: {output} holds {found.name}; give --resume to go on, or another folder to start anew")
     return found
 
 
-def _loop(training: Run, output: Path, meter: Meter) -> None:
+def _loop(training: Run, output: Path, meter: Meter) -> str:
+    """Returns what there is to say where it was stopped."""
     saved, together = training.step, training.processes
     with _interruption() as interrupted, ExitStack() as stack:
         if together.is_main:
@@ -146,10 +152,11 @@ def _loop(training: Run, output: Path, meter: Meter) -> None:
                 saved = training.step
         if training.step > saved:
             _save(training, output)
-    if training.step < training.steps:
-        kept = f"{output}/checkpoint-{training.step} is saved" if training.step else "nothing was saved yet"
-        advice = "the same command with --resume goes on from there" if training.step else "run the same command again"
-        raise Stopped(f"after step {training.step} of {training.steps}; {kept}; {advice}")
+    if training.step == training.steps:
+        return ""
+    kept = f"{output}/checkpoint-{training.step} is saved" if training.step else "nothing was saved yet"
+    advice = "the same command with --resume goes on from there" if training.step else "run the same command again"
+    return f"after step {training.step} of {training.steps}; {kept}; {advice}"
 
 
 def _save(training: Run, output: Path) -> None:
