@@ -4,6 +4,7 @@ torch and no Python header is needed here. NF4LORA_CUDA_ARCHS names other archit
 import os
 import platform
 import re
+import shlex
 import shutil
 import subprocess
 from concurrent.futures import ThreadPoolExecutor
@@ -20,20 +21,19 @@ FLAGS = "-O3 -std=c++17 -fPIC -fvisibility=hidden -ffp-contract=off -fno-math-er
 NVCC_FLAGS = ("-O3 -std=c++17 --fmad=false -cudart static --threads 2 --no-device-link -Xptxas -warn-spills,-warn-lmem-usage "
               "-Xcompiler -fPIC,-fvisibility=hidden,-Wall,-Wextra -Xlinker -z,relro,-z,now,--exclude-libs,ALL -Icsrc -Inf4lora").split()
 STRICT = "-Werror all-warnings -Xptxas -Werror".split()  # set by CI; a newer nvcc's new warning is no reason not to install
-X86 = platform.machine() in ("x86_64", "AMD64")
 AVX2 = ["-mavx2", "-mfma", "-mf16c"]
 AVX512 = [*AVX2, *"-mavx512f -mavx512bw -mavx512vl -mavx512dq -mprefer-vector-width=512".split()]
 BF16 = [*AVX512, "-mavx512vbmi", "-mavx512bf16"]
 WIDE = {"avx512": AVX512, "avx512vbmi": [*AVX512, "-mavx512vbmi"], "avx512bf16": BF16, "amx": [*BF16, "-mamx-tile", "-mamx-bf16"]}
-ISAS = {"portable": []} | ({"avx2": AVX2} | WIDE if X86 else {})
+ISAS = {"portable": []} | ({"avx2": AVX2} | WIDE if platform.machine() in ("x86_64", "AMD64") else {})
 ONCE = ("api", "threads")  # compiled for the baseline processor; every other file once for each instruction set
 
 
 def compiler() -> list[str]:
-    found = os.environ.get("CXX") or next(filter(shutil.which, ("c++", "g++", "clang++")), "")
-    if not found or not shutil.which(found.split()[0]):
+    words = shlex.split(os.environ.get("CXX") or next(filter(shutil.which, ("c++", "g++", "clang++")), ""))
+    if not words or not shutil.which(words[0]):
         raise SystemExit("nf4lora: no C++ compiler found. Install one (Debian, Ubuntu: apt install g++) or name it in CXX.")
-    return found.split()
+    return words
 
 
 def known(cxx: list[str]) -> dict[str, list[str]]:
@@ -72,7 +72,7 @@ class BuildLibrary(build_ext):
         os.makedirs(os.path.dirname(out), exist_ok=True)
         if ext.name.endswith("cuda"):
             return self.spawn([*CUDA, "-shared", *NVCC_FLAGS, *STRICT * bool(os.environ.get("NF4LORA_WERROR")), *ext.sources, "-o", out])
-        isas, flags = known(cxx := compiler()), [*FLAGS, *os.environ.get("CXXFLAGS", "").split()]
+        isas, flags = known(cxx := compiler()), [*FLAGS, *shlex.split(os.environ.get("CXXFLAGS", ""))]
         jobs = {f"{Path(s).stem}.{isa}": (s, [*extra, f"-DNF4LORA_ISA={isa}"])
                 for s in ext.sources for isa, extra in isas.items() if Path(s).stem not in ONCE}  # fmt: skip
         best_first = "-DNF4LORA_ISAS(X)=" + " ".join(f"X({isa})" for isa in reversed(isas))

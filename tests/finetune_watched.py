@@ -1,7 +1,8 @@
-"""`nf4lora finetune` under torchrun; fails where DDP outlives the process group, which may hang the process."""
+"""`nf4lora finetune` under torchrun; fails where a process ends before all is saved, or DDP after the process group: it may hang."""
 
 import gc
 import sys
+from pathlib import Path
 
 import torch
 from torch.nn.parallel import DistributedDataParallel
@@ -13,6 +14,7 @@ destroy = torch.distributed.destroy_process_group
 
 def watched(group=None):
     assert not any(issubclass(type(found), DistributedDataParallel) for found in gc.get_objects())
+    assert Path(sys.argv[sys.argv.index("--output") + 1], "loss.png").exists()
     destroy(group)
 
 

@@ -86,6 +86,7 @@ def main(folder: Path) -> None:
     if rank == 0:
         torch.save(found, folder / f"{size}.pt")
     if size > 1:
+        dist.barrier()
         dist.destroy_process_group()
 
 

@@ -185,6 +185,13 @@ def test_install_without_nvcc_says_so_and_goes_on(tree, tmp_path):
     assert libraries == {"libnf4lora_cpu.so"}
 
 
+def test_a_compiler_in_a_folder_with_a_space_is_named_as_in_a_shell(tree, tmp_path):
+    folder = tmp_path / "my tools"
+    folder.mkdir()
+    out, libraries = built(tree, folder, **NO_CUDA, CXX=f"'{folder}/bin/c++' -DNAMED")
+    assert libraries == {"libnf4lora_cpu.so"} and f"called: {folder}/bin/c++ -DNAMED -O3" in out
+
+
 def test_an_nvcc_that_is_too_old_is_not_used(tree, tmp_path):
     out, libraries = built(tree, tmp_path, "nvcc", **ONE_ARCH, PRETENDED="12.0")
     assert out.count("nf4lora: found nvcc 12.0, wanted 12.1 or newer, going on without the CUDA kernels") == 1

@@ -32,6 +32,7 @@ def main(folder: Path, batch: int, kind: str) -> None:
         losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
         found = {"losses": losses, "processes": arguments.world_size, "optimizer": type(trainer.optimizer.optimizer).__name__}
         (folder / "losses.json").write_text(json.dumps(found))
+    trainer.accelerator.wait_for_everyone()
 
 
 if __name__ == "__main__":

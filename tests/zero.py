@@ -85,6 +85,7 @@ def main(folder: Path, *names: str) -> None:
         if rank == 0:
             torch.save(found, folder / f"{name}-{size}.pt")
     if size > 1:
+        dist.barrier()
         dist.destroy_process_group()
 
 

@@ -48,7 +48,7 @@ constexpr const char *kNoIsa =
 
 struct Ops {
     const char *name;
-    bool available;
+    bool (*available)();
     decltype(&portable::quantize) quantize;
     decltype(&portable::quantize_absmax) quantize_absmax;
     decltype(&portable::dequantize) dequantize;
@@ -63,7 +63,7 @@ struct Ops {
 
 #if defined(__x86_64__)
 // By cpuid, as not every compiler that knows tiles has a name for asking. Linux keeps their state for a process that has
-// asked to use them.
+// asked to use them, which then takes larger stacks for signals: not where another set is forced.
 [[maybe_unused]] bool has_tiles() {
     constexpr unsigned kTiles = 1u << 24 | 1u << 22;  // AMX-TILE, AMX-BF16
     constexpr long kRequest = 0x1023, kTileData = 18;  // ARCH_REQ_XCOMP_PERM, XFEATURE_XTILEDATA
@@ -83,15 +83,16 @@ struct Ops {
 #define NF4LORA_HAS_amx (NF4LORA_HAS_avx512bf16 && has_tiles())
 
 #define NF4LORA_OPS(isa)                                                                                    \
-    {#isa, NF4LORA_HAS_##isa, isa::quantize, isa::quantize_absmax, isa::dequantize, isa::linear_fwd,        \
-     isa::linear_bwd, isa::lora_bwd, isa::swiglu_fwd, isa::swiglu_bwd, isa::optim_step, isa::optim_check},
+    {#isa, []() -> bool { return NF4LORA_HAS_##isa; }, isa::quantize, isa::quantize_absmax, isa::dequantize,    \
+     isa::linear_fwd, isa::linear_bwd, isa::lora_bwd, isa::swiglu_fwd, isa::swiglu_bwd, isa::optim_step,    \
+     isa::optim_check},
 
 Ops choose() {
     const char *forced = getenv("NF4LORA_CPU_ISA");
     const Ops none{};
     const Ops all[] = {NF4LORA_ISAS(NF4LORA_OPS)};
     for (const Ops &ops : all)
-        if (ops.available && (!forced || !*forced || !strcmp(forced, ops.name)))
+        if ((!forced || !*forced || !strcmp(forced, ops.name)) && ops.available())
             return ops;
     return none;
 }

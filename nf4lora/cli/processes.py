@@ -96,8 +96,9 @@ class Several(Processes):
         return every
 
     def end(self) -> None:
-        # Were DDP's reducer the last to hold the process group, it would wait, with the GIL, for a thread of gloo's that
-        # may wait for the GIL to let go of the last tensor.
+        # A thread of gloo's needs the GIL to let go of the last tensor. It has that while this process waits for the others: in
+        # the interpreter's end it would abort, and were DDP's reducer the last to hold the group, wait for it for ever.
+        self._accelerator.wait_for_everyone()
         self._accelerator.end_training()
 
 
