@@ -42,7 +42,6 @@ struct Codebook {
     float boundary[kCodes - 1];      // fp32 midpoints of the values in ascending order
     uint8_t code_of_rank[kCodes];    // ascending order of the values; equal values (FP4's two zeros) in code order
     uint8_t zero;                    // the code of 0.0, which pads an odd element count
-    float byte_values[256][2];       // the two values of a packed byte, even element first
 };
 
 static constexpr Codebook derive_codebook(const float (&code)[kCodes]) {
@@ -60,10 +59,6 @@ static constexpr Codebook derive_codebook(const float (&code)[kCodes]) {
         zero_rank += 0.0f > book.boundary[i];
     }
     book.zero = book.code_of_rank[zero_rank];
-    for (int byte = 0; byte < 256; ++byte) {
-        book.byte_values[byte][0] = code[byte >> 4];
-        book.byte_values[byte][1] = code[byte & 15];
-    }
     return book;
 }
 
