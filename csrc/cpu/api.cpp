@@ -83,9 +83,9 @@ struct Ops {
 #define NF4LORA_HAS_amx (NF4LORA_HAS_avx512bf16 && has_tiles())
 
 #define NF4LORA_OPS(isa)                                                                                    \
-    {#isa, []() -> bool { return NF4LORA_HAS_##isa; }, isa::quantize, isa::quantize_absmax, isa::dequantize,    \
-     isa::linear_fwd, isa::linear_bwd, isa::lora_bwd, isa::swiglu_fwd, isa::swiglu_bwd, isa::optim_step,    \
-     isa::optim_check},
+    {#isa, []() -> bool { return NF4LORA_HAS_##isa; }, isa::quantize, isa::quantize_absmax,                 \
+     isa::dequantize, isa::linear_fwd, isa::linear_bwd, isa::lora_bwd, isa::swiglu_fwd, isa::swiglu_bwd,    \
+     isa::optim_step, isa::optim_check},
 
 Ops choose() {
     const char *forced = getenv("NF4LORA_CPU_ISA");
