@@ -64,7 +64,7 @@ class CudaLinearConfig:
 
 ROWS, PANELS = LinearPath.ROWS, LinearPath.PANELS
 # (largest M, config); source: calculated, many tokens measured (bench/results/cpu_isas.json).
-_CPU_FEW_BF16 = (32, LinearConfig(ROWS, 16, 96, 1024))
+_CPU_FEW_BF16 = (32, LinearConfig(ROWS, 32, 64, 1024))
 _CPU_FORWARD = ((8, LinearConfig(ROWS, 8, 96, 1024)), (2**63, LinearConfig(PANELS, 528, 128, 512)))
 _CPU_BACKWARD = ((8, LinearConfig(PANELS, 48, 1024, 128)), (2**63, LinearConfig(PANELS, 528, 512, 256)))
 _CPU_LORA_BACKWARD = ((2**63, LinearConfig(PANELS, 240, 256, 128)),)

@@ -1,9 +1,12 @@
 // The whole forward for few tokens by the planes of planes.h, in two passes: x in plane order and xa, then y.
 // Memory of a call: x in plane order for block_m tokens, which are made fewer where it is more than kPlaneBytes, the
 // tokens' xa [block_m, r] in fp32, and for each thread
-//   4 * (block_m * n * 17 + 65 * n + 3 * kDeep + K / 16 + 4 * r) bytes with n = block_n, r rounded up to vectors;
+//   4 * (block_m * n * 17 + 65 * n + 3 * kDeep + K / 16 + 4 * r) bytes with n = block_n, r rounded up to vectors, of which
+//   3 * kDeep only where rows are decoded to a scratch;
 // in tiles, of which each is for 32 rows of W and 16 or 32 tokens, 4 * (32 * 528 + 98 * 32 + 32 * 32 + K / 16 + 4 * r).
 #pragma once
+#include <unistd.h>
+
 #include "gemm.h"
 #include "planes.h"
 
@@ -12,7 +15,7 @@ namespace NF4LORA_ISA {
 
 constexpr int64_t kPlaneBytes = 2 << 20;
 constexpr int64_t kPiece = 512;  // of K, in the sums of xa
-constexpr int64_t kDeep = 1024;  // of K, decoded at a time
+constexpr int64_t kDeep = 1024;  // of K, decoded at a time to a scratch
 constexpr int64_t kAbsmaxSpan = kGroup * kAbsmaxRun;
 constexpr int kSide = 4;         // tokens and rows of lora_A that share their loads
 
@@ -115,7 +118,9 @@ NF4LORA_INLINE void take_b(const Few<P> &few, int64_t row, int64_t rows, float *
 // totals [T, R, kWidth] = scaling * xa lora_B^T, lane by lane
 template <int T, int R>
 NF4LORA_INLINE void up_tile(const float *xa, const float *b, int64_t rank, float *totals) {
+    NF4LORA_UNROLL
     for (int t = 0; t < T; ++t)
+        NF4LORA_UNROLL
         for (int i = 0; i < R; ++i) {
             Vec sum = {};
             for (int64_t k = 0; k < rank; k += kWidth)
@@ -126,11 +131,13 @@ NF4LORA_INLINE void up_tile(const float *xa, const float *b, int64_t rank, float
 
 template <int T, int R>
 NF4LORA_INLINE void put_sums(const float *totals, int64_t rows, float *tile, int64_t stride) {
-    float sums[T * R];
+    float sums[T * R + kWidth - 1];
     sum_all<T * R>(totals, sums);
     for (int t = 0; t < T; ++t)
-        for (int i = 0; i < rows; ++i)
-            tile[t * stride + i] = sums[t * R + i];
+        if (rows == R)  // a copy whose size is known
+            memcpy(tile + t * stride, sums + t * R, R * sizeof *sums);
+        else
+            memcpy(tile + t * stride, sums + t * R, rows * sizeof *sums);
 }
 
 // The tile of T tokens, which are all, and rows [n0, n0 + cols) of W.
@@ -154,7 +161,72 @@ static void fwd_coded(const Few<P> &few, int64_t n0, int64_t cols, const Own &ow
     }
 }
 
-// The same for more tokens.
+// Rows [n0 + n, n0 + n + rows) from k0 on, whose absmax take_absmax took.
+template <class P, int R>
+NF4LORA_INLINE Coded<P, R> take_part(const Few<P> &few, int64_t n0, int64_t n, int64_t rows, int64_t k0, const Own &own) {
+    Coded<P, R> coded = take_rows<P, R>(few, n0 + n, rows, own.absmax + n * kGroup, kGroup);
+    for (int i = 0; i < R; ++i) {
+        coded.packed[i] += k0 / 2;
+        coded.absmax[i] += k0 % kAbsmaxSpan / kAbsmaxRun;
+    }
+    return coded;
+}
+
+static int64_t find_l1_bytes() {
+#if defined(_SC_LEVEL1_DCACHE_SIZE)
+    return sysconf(_SC_LEVEL1_DCACHE_SIZE);  // 0 or -1 where it is not known
+#else
+    return 0;
+#endif
+}
+
+// The same for more tokens, which all pass a part of K before the next one, whose codes come into the L2 cache meanwhile.
+template <class P>
+static void fwd_passes(const Few<P> &few, int64_t n0, int64_t cols, const Own &own) {
+    constexpr int R = P::kRows;
+    constexpr auto kEach = std::make_integer_sequence<int, P::kPlanes>{};
+    static const int64_t l1_bytes = find_l1_bytes();
+    constexpr int64_t kPassBytes = 2 * kDeep * P::kTokens * sizeof(typename P::Element);
+    const int64_t reach = kPassBytes <= l1_bytes / 3 * 2 ? 2 * kDeep : kDeep;  // of x in the L1 cache, beside all that passes
+    const int64_t N = few.p.w.rows, K = few.p.w.cols, passes = ceil_div(few.tokens, few.group);
+    for (int64_t k0 = 0; k0 < K; k0 += reach) {
+        const int64_t depth = min_of(reach, K - k0), groups = depth / kWords<P>, rest = depth % kWords<P> / 2;
+        const bool last = k0 + depth == K;
+        if (k0 % kAbsmaxSpan == 0)
+            take_absmax(few.p.w, n0, cols, k0, own.absmax);
+        for (int64_t pass = 0; pass < passes; ++pass) {
+            const int64_t m = pass * few.group;
+            with_tokens<P::kTokens>(min_of(few.group, few.tokens - m), [&](auto tokens) {
+                constexpr int T = tokens;
+                const auto *const x = few.x + m * few.x_stride + k0 * T;
+                for (int64_t n = 0; n < cols; n += R) {
+                    const int64_t rows = min_of(R, cols - n);
+                    const Coded<P, R> coded = take_part<P, R>(few, n0, n, rows, k0, own);
+                    const uint8_t *next[R];
+                    for (int i = 0; i < R; ++i) {
+                        const int64_t at = i * passes + pass, row = n0 + n + (at < R ? at : pass % R) + (last ? cols : 0);
+                        next[i] = few.p.w.packed + (min_of(row, N - 1) * K + (last ? 0 : k0 + depth)) / 2;
+                    }
+                    float *const totals = own.totals + (n * few.tokens + m * R) * kWidth;
+                    if (k0 == 0) {
+                        take_b(few, n0 + n, rows, own.b);
+                        up_tile<T, R>(few.xa + m * few.rank, own.b, few.rank, totals);
+                    }
+                    if (groups)
+                        add_planes<P, T, R>(coded, groups, next, x, totals, kEach);
+                    if (rest) {
+                        Rest copy[R];
+                        add_planes<P, T, R>(coded.last(groups, copy), 1, next, x + groups * T * kWords<P>, totals, kEach);
+                    }
+                    if (last)
+                        put_sums<T, R>(totals, rows, own.tile + m * few.stride + n, few.stride);
+                }
+            });
+        }
+    }
+}
+
+// The same with rows that are decoded once for all tokens.
 template <class P>
 static void fwd_decoded(const Few<P> &few, int64_t n0, int64_t cols, const Own &own) {
     constexpr int R = P::kRows;
@@ -167,11 +239,7 @@ static void fwd_decoded(const Few<P> &few, int64_t n0, int64_t cols, const Own &
             take_absmax(few.p.w, n0, cols, k0, own.absmax);
         for (int64_t n = 0; n < cols; n += R) {
             const int64_t rows = min_of(R, cols - n);
-            Coded<P, R> coded = take_rows<P, R>(few, n0 + n, rows, own.absmax + n * kGroup, kGroup);
-            for (int i = 0; i < R; ++i) {
-                coded.packed[i] += k0 / 2;
-                coded.absmax[i] += k0 % kAbsmaxSpan / kAbsmaxRun;
-            }
+            const Coded<P, R> coded = take_part<P, R>(few, n0, n, rows, k0, own);
             decode_groups(coded, groups, planes, kEach);
             auto *const last = planes + groups * R * kWords<P>;
             if (rest) {
@@ -239,9 +307,7 @@ static void fwd_tiles(const Few<HalfPlanes> &few, int64_t n0, int64_t cols, cons
             take_absmax(few.p.w, n0, cols, k0, own.absmax);
         for (int64_t n = 0; n < kTileN; ++n) {  // those past the last are the last
             const int64_t at = min_of(n, cols - 1);
-            Coded<HalfPlanes, 1> coded = take_rows<HalfPlanes, 1>(few, n0 + at, 1, own.absmax + at * kGroup, kGroup);
-            coded.packed[0] += k0 / 2;
-            coded.absmax[0] += k0 % kAbsmaxSpan / kAbsmaxRun;
+            const Coded<HalfPlanes, 1> coded = take_part<HalfPlanes, 1>(few, n0, at, 1, k0, own);
             auto *const row = reinterpret_cast<uint16_t *>(own.planes + n * kTileDeep);
             decode_groups(coded, groups, row, kEach);
             if (rest) {
@@ -295,8 +361,9 @@ static const char *few_tokens(const LinearFwdParams &p) {
     const int64_t absmax_floats = max_of(round_up(kMostRows * (K / kAbsmaxRun), kGroup), block_n * kGroup) + kPad;
     const int64_t totals_floats = tiles ? kTileN * width : block_m * round_up(block_n, P::kRows) * kWidth;
     const int64_t planes_floats =
-        tiles ? kTileN * kTileDeep
-              : round_up(P::kRows * min_of(kDeep, x_stride) * sizeof(typename P::Element) / sizeof(float), kPad);
+        tiles         ? kTileN * kTileDeep
+        : P::kScratch ? round_up(P::kRows * min_of(kDeep, x_stride) * sizeof(typename P::Element) / sizeof(float), kPad)
+                      : 0;
     const int64_t own_floats =
         round_up(absmax_floats + kMostRows * rank + (block_m + 1) * block_n + totals_floats + planes_floats, kPad);
     const int64_t x_floats = round_up(width * x_bytes / sizeof(float), kPad), xa_floats = round_up(block_m * rank, kPad);
@@ -341,8 +408,10 @@ static const char *few_tokens(const LinearFwdParams &p) {
                 fwd_tiles(few, n0, cols, own);
             else if (tokens <= P::kFewTokens)
                 with_tokens<P::kFewTokens>(tokens, [&](auto T) { fwd_coded<P, T>(few, n0, cols, own); });
-            else
+            else if constexpr (P::kScratch)
                 fwd_decoded(few, n0, cols, own);
+            else
+                fwd_passes(few, n0, cols, own);
             if (p.bias)
                 load_elements(p.bias, p.bias_dtype, n0, cols, own.bias);
             for (int64_t t = 0; t < tokens; ++t) {

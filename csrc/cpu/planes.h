@@ -3,8 +3,9 @@
 // nibble j of each, which is element j ^ 1 of those the word holds.
 //   FloatPlanes: words of 32 bits, decoded to code * absmax in fp32.
 //   HalfPlanes:  words of 16 bits, decoded to RN(code * absmax) in bf16, for x in bf16.
-// Up to kFewTokens tokens meet the codes in registers, kFewRows rows of W at a time; more meet kRows rows that were decoded
-// to a scratch before, kTokens at a time. Where kSpan is not 0, a lane sums so many groups before they join the total.
+// Up to kFewTokens tokens meet the codes in registers, kFewRows rows of W at a time; more meet kRows rows, kTokens at a time:
+// in registers too, or where that is dear decoded to a scratch before (kScratch). Where kSpan is not 0, a lane sums so many
+// groups before they join the total.
 // Neither tokens nor rows that are done beside one change its sums, but that AMX tiles (few.h) have an order of their own.
 #pragma once
 #include "codes.h"
@@ -27,6 +28,7 @@ struct FloatPlanes {
     };
     static constexpr int kPlanes = 8, kSpan = kPartial / kPlanes;
     static constexpr int kTokens = 8, kRows = 3, kFewTokens = 4, kFewRows = 4;
+    static constexpr bool kScratch = true;
 
     NF4LORA_INLINE Table table(const Codebook &book) { return _mm512_loadu_ps(book.value); }
 
@@ -59,6 +61,7 @@ struct FloatPlanes {
     };
     static constexpr int kPlanes = 8, kSpan = kPartial / kPlanes;
     static constexpr int kTokens = 4, kRows = 3, kFewTokens = 2, kFewRows = 2;
+    static constexpr bool kScratch = true;
 
     NF4LORA_INLINE Table table(const Codebook &book) {
         return {_mm256_loadu_ps(book.value), _mm256_loadu_ps(book.value + kCodes / 2)};
@@ -95,7 +98,8 @@ struct HalfPlanes {
         __m512i words, table;
     };
     static constexpr int kPlanes = 4, kSpan = 0;
-    static constexpr int kTokens = 8, kRows = 3, kFewTokens = 4, kFewRows = 4;
+    static constexpr int kTokens = 8, kRows = 2, kFewTokens = 4, kFewRows = 4;
+    static constexpr bool kScratch = false;
 
     NF4LORA_INLINE Table table(const Codebook &book) { return _mm512_loadu_ps(book.value); }
 
@@ -295,6 +299,66 @@ NF4LORA_INLINE void add_groups(const Rows &rows, int64_t groups, const typename 
     }
 }
 
+// The same, without spans, where products take most of the time: a plane comes out of the codes two planes before its
+// products, among those of the others, which leave the units that it needs idle.
+template <class P, int T, int R, int... J>
+NF4LORA_INLINE void add_planes(const Coded<P, R> &rows, int64_t groups, const uint8_t *const (&next_packed)[R],
+                               const typename P::Element *x, float *totals, std::integer_sequence<int, J...>) {
+    static_assert(P::kSpan == 0);
+    Vec acc[T][R];
+    NF4LORA_UNROLL
+    for (int t = 0; t < T; ++t)
+        NF4LORA_UNROLL
+        for (int n = 0; n < R; ++n)
+            acc[t][n] = load(totals + (t * R + n) * kWidth);
+    typename P::Codes codes[R];
+    typename P::Plane w[R], next[R];
+    const auto take = [&](int n, int64_t g) __attribute__((always_inline)) {
+        codes[n] = P::codes(rows.table, rows.packed[n] + g * sizeof(Vec), rows.absmax[n] + g * (kWords<P> / kAbsmaxRun));
+    };
+    NF4LORA_UNROLL
+    for (int n = 0; n < R; ++n) {
+        take(n, 0);
+        w[n] = P::template plane<0>(rows.table, codes[n]);
+        next[n] = P::template plane<1>(rows.table, codes[n]);
+    }
+    int64_t g = 0;
+    do {
+        const int64_t then = min_of(g + 1, groups - 1);
+        const auto add_plane = [&](auto plane) __attribute__((always_inline)) {
+            constexpr int j = decltype(plane)::value, ahead = (j + 2) % P::kPlanes;
+            typename P::Plane after[R];
+            NF4LORA_UNROLL
+            for (int n = 0; n < R; ++n) {
+                if (ahead == 0) {
+                    __builtin_prefetch(next_packed[n] + g * sizeof(Vec), 0, 2);
+                    take(n, then);
+                }
+                after[n] = P::template plane<ahead>(rows.table, codes[n]);
+            }
+            NF4LORA_UNROLL
+            for (int t = 0; t < T; ++t) {
+                const typename P::Plane xt = P::load_plane(x + (j * T + t) * kPlaneLanes<P>);
+                NF4LORA_UNROLL
+                for (int n = 0; n < R; ++n)
+                    acc[t][n] = P::add_product(xt, w[n], acc[t][n]);
+            }
+            NF4LORA_UNROLL
+            for (int n = 0; n < R; ++n) {
+                w[n] = next[n];
+                next[n] = after[n];
+            }
+        };
+        (add_plane(std::integral_constant<int, J>{}), ...);
+        x += T * kWords<P>;
+    } while (++g < groups);
+    NF4LORA_UNROLL
+    for (int t = 0; t < T; ++t)
+        NF4LORA_UNROLL
+        for (int n = 0; n < R; ++n)
+            store(totals + (t * R + n) * kWidth, acc[t][n]);
+}
+
 // ---- Sums of the lanes of many vectors at once, each as sum_lanes has it.
 
 template <int d, int... L>
@@ -317,17 +381,23 @@ NF4LORA_INLINE Vec folded(const float *v) {
         return load(sums);
 }
 
+constexpr int folded_lane(int i) {
+    int lane = 0;
+    for (int d = kWidth / 2; d > 0; d /= 2, i /= 2)
+        lane += i % 2 * d;
+    return lane;
+}
+
+template <int... L>
+NF4LORA_INLINE Vec in_order(Vec sums, std::integer_sequence<int, L...>) {
+    return pick(sums, sums, std::integer_sequence<int, folded_lane(L)...>{});
+}
+
+// sums has room for a multiple of kWidth.
 template <int count>
 NF4LORA_INLINE void sum_all(const float *v, float *sums) {
     constexpr int now = count < kWidth ? count : kWidth;
-    float lanes[kWidth];
-    store(lanes, folded<now>(v));
-    for (int i = 0; i < now; ++i) {
-        int lane = 0;
-        for (int d = kWidth / 2, bits = i; d > 0; d /= 2, bits /= 2)
-            lane += bits % 2 * d;
-        sums[i] = lanes[lane];
-    }
+    store(sums, in_order(folded<now>(v), Lanes{}));
     if constexpr (count > now)
         sum_all<count - now>(v + now * kWidth, sums + now);
 }
