@@ -202,7 +202,7 @@ static void fwd_passes(const Few<P> &few, int64_t n0, int64_t cols, const Own &o
                 for (int64_t n = 0; n < cols; n += R) {
                     const int64_t rows = min_of(R, cols - n);
                     const Coded<P, R> coded = take_part<P, R>(few, n0, n, rows, k0, own);
-                    const uint8_t *next[R];
+                    const uint8_t *next[R];  // each pass has its share of the rows
                     for (int i = 0; i < R; ++i) {
                         const int64_t at = i * passes + pass, row = n0 + n + (at < R ? at : pass % R) + (last ? cols : 0);
                         next[i] = few.p.w.packed + (min_of(row, N - 1) * K + (last ? 0 : k0 + depth)) / 2;
