@@ -255,6 +255,18 @@ NF4LORA_INLINE void decode_groups(const Coded<P, R> &rows, int64_t groups, typen
     }
 }
 
+// Of one plane.
+template <class P, int T, int R>
+NF4LORA_INLINE void add_products(const typename P::Element *x, const typename P::Plane (&w)[R], Vec (&acc)[T][R]) {
+    NF4LORA_UNROLL
+    for (int t = 0; t < T; ++t) {
+        const typename P::Plane xt = P::load_plane(x + t * kPlaneLanes<P>);
+        NF4LORA_UNROLL
+        for (int n = 0; n < R; ++n)
+            acc[t][n] = P::add_product(xt, w[n], acc[t][n]);
+    }
+}
+
 template <class P, int T, int R, class Rows, int... J>
 NF4LORA_INLINE void add_group(const Rows &rows, int64_t g, const typename P::Element *x, Vec (&acc)[T][R],
                               std::integer_sequence<int, J...>) {
@@ -265,13 +277,7 @@ NF4LORA_INLINE void add_group(const Rows &rows, int64_t g, const typename P::Ele
         NF4LORA_UNROLL
         for (int n = 0; n < R; ++n)
             w[n] = group.template plane<j>(n);
-        NF4LORA_UNROLL
-        for (int t = 0; t < T; ++t) {
-            const typename P::Plane xt = P::load_plane(x + (j * T + t) * kPlaneLanes<P>);
-            NF4LORA_UNROLL
-            for (int n = 0; n < R; ++n)
-                acc[t][n] = P::add_product(xt, w[n], acc[t][n]);
-        }
+        add_products<P, T, R>(x + j * T * kPlaneLanes<P>, w, acc);
     };
     (add_plane(std::integral_constant<int, J>{}), ...);
 }
@@ -299,8 +305,9 @@ NF4LORA_INLINE void add_groups(const Rows &rows, int64_t groups, const typename 
     }
 }
 
-// The same, without spans, where products take most of the time: a plane comes out of the codes two planes before its
-// products, among those of the others, which leave the units that it needs idle.
+// The same over one group or more, without spans, where products take most of the time: a plane comes out of the codes two
+// planes before its products, among those of the others, which leave the units that it needs idle. next_packed, which a
+// later call reads, comes into the L2 cache meanwhile.
 template <class P, int T, int R, int... J>
 NF4LORA_INLINE void add_planes(const Coded<P, R> &rows, int64_t groups, const uint8_t *const (&next_packed)[R],
                                const typename P::Element *x, float *totals, std::integer_sequence<int, J...>) {
@@ -336,13 +343,7 @@ NF4LORA_INLINE void add_planes(const Coded<P, R> &rows, int64_t groups, const ui
                 }
                 after[n] = P::template plane<ahead>(rows.table, codes[n]);
             }
-            NF4LORA_UNROLL
-            for (int t = 0; t < T; ++t) {
-                const typename P::Plane xt = P::load_plane(x + (j * T + t) * kPlaneLanes<P>);
-                NF4LORA_UNROLL
-                for (int n = 0; n < R; ++n)
-                    acc[t][n] = P::add_product(xt, w[n], acc[t][n]);
-            }
+            add_products<P, T, R>(x + j * T * kPlaneLanes<P>, w, acc);
             NF4LORA_UNROLL
             for (int n = 0; n < R; ++n) {
                 w[n] = next[n];
