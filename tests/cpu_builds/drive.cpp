@@ -175,6 +175,7 @@ int main(int, char **arguments) {
         {1, 67, 192, 16, kBFloat16, true, false, kFP4}, {9, 67, 129, 3, kFloat16, true, true, kNF4},
         {17, 96, 64, 16, kBFloat16, false, true, kNF4}, {40, 70, 130, 5, kFloat32, true, true, kNF4},
         {67, 33, 257, 16, kBFloat16, true, false, kNF4}, {5, 131, 320, 8, kFloat16, false, false, kFP4},
+        {24, 67, 2240, 3, kBFloat16, true, false, kNF4},
     };
     for (const Shape &shape : shapes) {
         const Case made(shape);
